@@ -1,0 +1,1 @@
+"""The ground floor: shapes, backends, extras, errors, seeds. Five files, closed to additions."""

@@ -1,0 +1,70 @@
+"""Several implementations of one function, and the choice between them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from lineament._base.errors import unknown
+
+Usable = Callable[..., str | None]
+
+
+def always(*tensors: Tensor | None) -> str | None:
+    """Say that a backend can run anywhere."""
+    return None
+
+
+@cache
+def _resolve(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    return getattr(import_module(module), function)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation: where it is ("module:function", imported when taken) and why it can't run here, if it can't."""
+
+    target: str
+    usable: Usable = always
+
+    def load(self) -> Callable[..., Any]:
+        return _resolve(self.target)
+
+
+def usable(table: Mapping[str, Backend], *tensors: Tensor | None) -> list[str]:
+    """List the names in `table` that can run on these tensors, best first."""
+    return [name for name, backend in table.items() if backend.usable(*tensors) is None]
+
+
+def choose(table: Mapping[str, Backend], name: str, *tensors: Tensor | None) -> Callable[..., Any]:
+    """Return the implementation called `name`; "auto" is the first of the table that can run on these tensors.
+
+    Raises:
+        InputError: no such backend. RuntimeError: the forced backend can't run here (with the reason).
+    """
+    if name == "auto":
+        for backend in table.values():
+            if backend.usable(*tensors) is None:
+                return backend.load()
+        raise RuntimeError(f"no backend can run here: {why(table, *tensors)}")
+    if name not in table:
+        raise unknown("backend", name, ["auto", *table])
+    reason = table[name].usable(*tensors)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} can't run here: {reason}")
+    return table[name].load()
+
+
+def why(table: Mapping[str, Backend], *tensors: Tensor | None) -> str:
+    """Explain what "auto" takes on these tensors and why the better ones were passed over."""
+    lines = []
+    for name, backend in table.items():
+        reason = backend.usable(*tensors)
+        lines.append(f"{name}: {'chosen' if reason is None else reason}")
+        if reason is None:
+            break
+    return "; ".join(lines)
