@@ -47,7 +47,9 @@ def bind(spec: str, *tensors: Tensor | None) -> dict[str, int]:
             elif axis not in sizes:
                 sizes[axis], owner[axis] = size, name
             elif sizes[axis] != size:
-                raise InputError(f"{name} has {axis}={size}, but {owner[axis]} has {axis}={sizes[axis]}; these must agree")
+                raise InputError(
+                    f"{name} has {axis}={size}, but {owner[axis]} has {axis}={sizes[axis]}; these must agree"
+                )
     return sizes
 
 
