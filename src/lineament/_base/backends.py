@@ -26,7 +26,7 @@ def _resolve(target: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation: where it is ("module:function", imported when taken) and why it can't run here, if it can't."""
+    """An implementation: where it is ("module:function", imported when taken), and why it can't run, if so."""
 
     target: str
     usable: Usable = always

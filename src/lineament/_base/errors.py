@@ -9,7 +9,7 @@ class LineamentError(Exception):
 
 
 class InputError(LineamentError, ValueError):
-    """A user's mistake: says what was given, what was expected and what to do. The command line prints it in one line."""
+    """A user's mistake: what was given, what was expected, what to do. The command line prints it in one line."""
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:

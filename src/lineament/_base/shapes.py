@@ -1,6 +1,7 @@
 """Check the axes of several tensors at once, at the public door."""
 
 from functools import cache
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -61,9 +62,8 @@ def check_heads(**heads: int) -> int:
         9
     """
     ordered = sorted(heads.items(), key=lambda item: item[1])
-    for (small, n), (large, m) in zip(ordered, ordered[1:], strict=False):
+    for (small, n), (large, m) in pairwise(ordered):
         if n < 1 or m % n:
-            raise InputError(
-                f"{small} has {n} heads and {large} has {m}; head counts must divide one another (grouped-query attention)"
-            )
+            given = f"{small} has {n} heads and {large} has {m}"
+            raise InputError(f"{given}; head counts must divide one another (grouped-query attention)")
     return ordered[-1][1]
