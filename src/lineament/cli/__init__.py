@@ -1,0 +1,73 @@
+"""The command `lineament`: parse, call, print. No mathematics, and no torch before a command runs.
+
+Exit codes: 0 done, 1 the work failed or a check did not hold, 2 the input was wrong.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from lineament import __version__
+from lineament.cli import conversion, doctor, papers, students
+
+app = typer.Typer(
+    name="lineament",
+    help="Find, use and explain the linear structure in neural networks.",
+    epilog="Example: lineament convert smollm2 -o student && lineament evaluate student --teacher smollm2",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lineament {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Find, use and explain the linear structure in neural networks."""
+
+
+for command in (
+    conversion.convert,
+    conversion.plans,
+    conversion.inspect,
+    students.evaluate,
+    students.generate,
+    papers.papers,
+    papers.reproduce,
+    doctor.doctor,
+):
+    app.command(rich_help_panel=None)(command)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; a user's mistake is one line on stderr."""
+    from typer.main import get_command
+
+    from lineament.cli.messages import describe
+
+    try:
+        result = get_command(app)(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+        return 1
+    except Exception as error:
+        code, message = describe(error)
+        if code is None:
+            raise
+        print(message, file=sys.stderr)
+        return code
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run())

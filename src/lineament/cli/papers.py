@@ -1,0 +1,76 @@
+"""`lineament papers` and `lineament reproduce`: the catalogue and its experiments."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def papers(
+    query: Annotated[str, typer.Argument(help="Words to look for, or one slug; empty lists all.")] = "",
+    status: Annotated[str, typer.Option(help="Only 'works' or 'planned'.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List and search the papers lineament is built on.
+
+    Example: lineament papers "linear attention"
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from lineament import papers as catalogue
+    from lineament.cli.messages import print_json, show
+
+    exact = query in catalogue.MODULES
+    found = [catalogue.record(query)] if exact else catalogue.search(query) if query else catalogue.records()
+    found = [record for record in found if not status or record.status == status]
+    if json:
+        print_json([asdict(record) for record in found])
+    elif exact and found:
+        _page(found[0])
+    else:
+        table = Table("slug", "year", "status", "title")
+        for record in found:
+            table.add_row(record.slug, str(record.year), record.status, record.title)
+        show(table, f"{len(found)} papers; `lineament papers SLUG` shows one")
+
+
+def _page(record) -> None:
+    from rich.table import Table
+
+    from lineament.cli.messages import show
+
+    where = f"arXiv:{record.arxiv}" if record.arxiv else record.venue or ""
+    show(f"[bold]{record.title}[/bold]", f"{record.authors}, {record.year}. {where}", "", record.summary, "")
+    show(f"[bold]Claim.[/bold] {record.claim}", f"[bold]Experiment.[/bold] {record.experiment}", "")
+    table = Table("setting", "the paper's figure", "status")
+    for figure in record.figures:
+        table.add_row(figure.setting, figure.value, figure.status)
+    show(table, f"status: {record.status}; room: {', '.join(record.room)}; code: {record.code or 'none found'}")
+
+
+def reproduce(
+    slug: Annotated[str, typer.Argument(help="A paper, as `lineament papers` lists them.")],
+    scale: Annotated[str, typer.Option(help="small (at most 300 s on 2 cores), full or study.")] = "small",
+    html: Annotated[Path | None, typer.Option(help="Write a one-file report here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run a paper's experiment: system beside baseline, against a threshold fixed beforehand.
+
+    Exit code 1 says that the claim did not hold at this scale. Example: lineament reproduce hedgehog
+    """
+    from lineament import papers as catalogue
+    from lineament.cli.messages import print_json, show
+    from lineament.report import page
+
+    evidence = catalogue.experiment(slug)(scale)
+    if html is not None:
+        page(catalogue.record(slug).title, [evidence], html)
+    if json:
+        print_json(evidence.to_json())
+    else:
+        show(evidence.table(), f"threshold: {evidence.threshold}")
+        show({True: "held", False: "did not hold", None: "no verdict at this scale"}[evidence.passed])
+    if evidence.passed is False:
+        raise typer.Exit(1)

@@ -1,0 +1,75 @@
+"""`lineament evaluate` and `lineament generate`: what a student is worth beside its teacher, and what it says."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    student: Annotated[str, typer.Argument(help="Folder of a converted model (or any model load understands).")],
+    teacher: Annotated[str | None, typer.Option(help="The model it came from; default: named in the student.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Context lengths for perplexity; repeatable.")] = None,
+    tokens: Annotated[int, typer.Option(help="Test tokens per length and text.")] = 32768,
+    prompts: Annotated[int, typer.Option(help="Retrieval prompts per length.")] = 40,
+    speed: Annotated[bool, typer.Option(help="Time decode and prefill too.")] = True,
+    tasks: Annotated[str, typer.Option(help="Comma-separated lm-eval tasks (needs the extra eval).")] = "",
+    html: Annotated[Path | None, typer.Option(help="Write a one-file report here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a student beside its teacher: perplexity, retrieval, agreement, cache bytes, speed.
+
+    Example: lineament evaluate student --teacher smollm2 --html report.html
+    """
+    from lineament import convert as room
+    from lineament.cli.messages import print_json, show
+
+    found = room.evaluate_folder(
+        student,
+        teacher,
+        lengths=tuple(length or (512, 2048, 8192)),
+        tokens=tokens,
+        prompts=prompts,
+        speed=speed,
+        lm_eval_tasks=tuple(filter(None, tasks.split(","))),
+    )
+    if html is not None:
+        room.write_report(found, html)
+    if json:
+        print_json(found.to_json())
+    else:
+        show(found.table(), *([f"report: {html}"] if html else []))
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A student or any model: folder, Hub name, GGUF file, smollm2.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from; '-' reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; else samples.")] = 0.0,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed when sampling.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Continue a text, streaming, and say how fast and with how large a cache.
+
+    Example: lineament generate student "The capital of France is"
+    """
+    import sys
+
+    from lineament.cli.messages import print_json
+    from lineament.models import write_text
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    result = write_text(
+        model,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        chat=chat,
+        seed=seed,
+        stream=None if json else sys.stdout,
+    )
+    if json:
+        print_json(result)
+    else:
+        print(f"\n[{result['tokens']} tokens, {result['tokens_per_second']:.1f}/s, cache {result['cache_bytes']:,} bytes]")
