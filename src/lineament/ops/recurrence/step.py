@@ -1,0 +1,99 @@
+"""One token of the recurrence, in place: what decoding calls."""
+
+import torch
+from torch import Tensor
+
+
+def decayed_step_(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Advance `state` by one token of `decayed_attention`, in place, and return what the token reads.
+
+    `S <- Diag(exp(log_decay)) S + k v^T`, `o = S^T q`. Shapes are trusted (this runs once per layer and token).
+
+    Args:
+        q: [B, Hq, K].
+        k: [B, Hk, K].
+        v: [B, Hv, V].
+        log_decay: None, [B, Hs] or [B, Hs, K].
+        state: [B, Hs, K, V], float32 or wider; changed.
+        out: [B, max(Hq, Hs), V] to write into, in the dtype of `state`; made if None.
+
+    Returns:
+        o [B, max(Hq, Hs), V], in v's dtype if `out` is None.
+
+    Example:
+        >>> state, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1)
+        >>> [decayed_step_(one, one, one, None, state).item() for _ in range(3)]
+        [1.0, 2.0, 3.0]
+    """
+    _decay_(state, log_decay)
+    wide = state.dtype
+    _write_(state, k.to(wide), v.to(wide))
+    return _read(state, q, v.dtype, out)
+
+
+def delta_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Advance `state` by one token of `delta_rule`, in place, and return what the token reads.
+
+    `S <- Diag(exp(log_decay)) S`, `S <- S + k (b (v - S^T k))^T`, `o = S^T q`. Shapes are trusted.
+
+    Args:
+        q: [B, Hq, K].
+        k: [B, Hk, K].
+        v: [B, Hv, V].
+        beta: [B, Hs].
+        log_decay: None, [B, Hs] or [B, Hs, K].
+        state: [B, Hs, K, V], float32 or wider; changed.
+        out: [B, max(Hq, Hs), V] to write into, in the dtype of `state`; made if None.
+
+    Returns:
+        o [B, max(Hq, Hs), V], in v's dtype if `out` is None.
+
+    Example:
+        >>> state, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1)
+        >>> [delta_step_(one, one, x * one, torch.ones(1, 1), None, state).item() for x in (3.0, 5.0)]
+        [3.0, 5.0]
+    """
+    _decay_(state, log_decay)
+    wide, heads = state.dtype, state.shape[1]
+    wide_k, wide_v = k.to(wide), v.to(wide)
+    full_k = wide_k if k.shape[1] == heads else wide_k.repeat_interleave(heads // k.shape[1], 1)
+    full_v = wide_v if v.shape[1] == heads else wide_v.repeat_interleave(heads // v.shape[1], 1)
+    held = torch.matmul(full_k[:, :, None], state)[:, :, 0]  # [B, Hs, V]
+    _write_(state, full_k, (full_v - held).mul_(beta.to(wide)[..., None]))
+    return _read(state, q, v.dtype, out)
+
+
+def _decay_(state: Tensor, log_decay: Tensor | None) -> None:
+    if log_decay is not None:
+        factor = log_decay.to(state.dtype).exp()
+        state.mul_(factor[..., None, None] if factor.dim() == 2 else factor[..., None])
+
+
+def _write_(state: Tensor, k: Tensor, v: Tensor) -> None:
+    """Add k v^T to the state, heads of k or v repeated consecutively."""
+    B, heads, K, V = state.shape
+    few = min(k.shape[1], v.shape[1])
+    grouped = state.unflatten(1, (few, heads // few))
+    k, v = k.unflatten(1, (few, -1)), v.unflatten(1, (few, -1))
+    grouped.addcmul_(k[..., None], v[..., None, :])
+
+
+def _read(state: Tensor, q: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    B, heads, _, V = state.shape
+    if q.shape[1] < heads:
+        q = q.repeat_interleave(heads // q.shape[1], 1)
+    q = q.to(state.dtype).unflatten(1, (heads, -1))  # [B, Hs, r, K]
+    if out is None:
+        return torch.matmul(q, state).flatten(1, 2).to(dtype)
+    torch.matmul(q, state, out=out.unflatten(1, (heads, -1)))
+    return out

@@ -1,0 +1,25 @@
+"""Why an optional backend can't run on these tensors (None: it can). Nothing is imported to find out."""
+
+import os
+
+from torch import Tensor
+
+from lineament._base.extras import available
+
+
+def needs_triton(q: Tensor, *others: Tensor | None) -> str | None:
+    """Triton needs its package and a GPU, or a CPU under its interpreter (TRITON_INTERPRET=1, for tests)."""
+    if not available("triton"):
+        return "triton is not installed; pip install 'lineament[gpu]'"
+    if q.is_cuda or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"triton kernels need a GPU and q is on {q.device.type} (or set TRITON_INTERPRET=1 before triton is imported)"
+
+
+def needs_fla(q: Tensor, *others: Tensor | None) -> str | None:
+    """flash-linear-attention needs its packages and a GPU."""
+    if not available("fla"):
+        return "fla-core is not installed; pip install 'lineament[gpu]'"
+    if not available("triton"):
+        return "fla needs triton, which is not installed; pip install 'lineament[gpu]'"
+    return None if q.is_cuda else f"fla's kernels need a GPU and q is on {q.device.type}"
