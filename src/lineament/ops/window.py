@@ -1,0 +1,246 @@
+"""Softmax on a window and sinks, a linear-attention state for everything else, one denominator over both.
+
+`windowed_linear_attention` is the form this library converts to, `lolcats_attention` the published one
+(arXiv:2410.10254, section 3.2), `window_attention` the baseline with no far part. `window_state` tells how the state
+is laid out.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lineament._base.backends import Backend, choose
+from lineament._base.errors import InputError
+from lineament._base.shapes import bind, check_heads
+from lineament.ops.linear import linear_attention
+from lineament.ops.window_state import WindowCall, WindowState, advanced, empty_state, sink_rows, with_past
+from lineament.ops.window_step import windowed_step_
+
+__all__ = [
+    "BACKENDS", "WindowState", "empty_state", "lolcats_attention", "lolcats_step_", "window_attention",
+    "windowed_linear_attention", "windowed_step_",
+]  # fmt: skip
+
+BACKENDS = {  # best first
+    "blocked": Backend("lineament.ops.window_backward:run"),
+    "reference": Backend("lineament.ops.window_reference:run"),
+}
+
+
+def windowed_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor | None,
+    phi_k: Tensor | None,
+    log_scale: Tensor | None,
+    *,
+    window: int,
+    sinks: int,
+    log_decay: Tensor | None = None,
+    state: WindowState | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, WindowState]:
+    """Attend exactly to the last tokens and the first, and through feature maps to the rest.
+
+    `o_n = [sum_E e^(s_i - c) v_i + a S_n^T phi(q_n)] / [sum_E e^(s_i - c) + a z_n . phi(q_n)]`, a = e^(lambda_n - c),
+    with s_i = q_n . k_i, E = {n - window < i <= n} U {i < sinks}, and S_n, z_n the sums of phi(k_j) v_j^T and phi(k_j)
+    over sinks <= j <= n - window. c = max(max_E s, lambda_n) cancels and only keeps the numbers in range. With a decay
+    the far state is multiplied by e^(log_decay_n) before key n - window enters it.
+
+    Args:
+        q: [B, T, Hq, K], already multiplied by K^-1/2; any float dtype. Positions count from a row's first token.
+        k: [B, T, Hk, K]. Hk divides Hq; heads repeat consecutively.
+        v: [B, T, Hk, V].
+        phi_q: [B, T, Hq, F], non-negative features of q; None (with phi_k and log_scale) for no far part.
+        phi_k: [B, T, Hk, F].
+        log_scale: lambda, [B, T, Hq] or [Hq]; -inf switches the far part off exactly.
+        window: w >= 0, exact tokens that end with the query's own; 0 leaves the sinks alone exact.
+        sinks: s >= 0, first tokens of a row that stay exact for ever. With window = sinks = 0 this is pure normalised
+            linear attention, log_scale cancels and is not read.
+        log_decay: [B, T, Hk], <= 0, in nats.
+        state: the memory before token 0, as an earlier call returned it; rows may have seen unequal numbers of tokens.
+        cu_seqlens: [N + 1], for B = 1: token offsets of N packed documents; the state then has N rows.
+        backend: "auto", or a key of `BACKENDS`.
+
+    Returns:
+        o [B, T, Hq, V] in v's dtype, and the state after the last token. Cutting the tokens into several calls gives
+        the same o.
+
+    Raises:
+        InputError: axes disagree, a negative window or number of sinks, or a state of another window.
+
+    Example:
+        >>> q = k = phi = torch.zeros(1, 4, 1, 1)
+        >>> v = torch.tensor([8.0, 4.0, 2.0, 1.0]).view(1, 4, 1, 1)
+        >>> off = torch.tensor([-torch.inf])
+        >>> windowed_linear_attention(q, k, v, phi, phi, off, window=1, sinks=1)[0].flatten().tolist()
+        [8.0, 6.0, 5.0, 4.5]
+        >>> on, one = torch.zeros(1), torch.ones(1, 4, 1, 1)  # every weight is 1: a running mean
+        >>> windowed_linear_attention(q, k, v, one, one, on, window=2, sinks=1)[0].flatten().tolist()[:2]
+        [8.0, 6.0]
+    """
+    return _attend(q, k, v, phi_q, phi_k, log_scale, window, sinks, log_decay, state, cu_seqlens, backend, False)
+
+
+def lolcats_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    log_gamma: Tensor,
+    *,
+    window: int,
+    state: WindowState | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, WindowState]:
+    """Attend as LoLCATs publishes it: the window's weights are relative to its own largest one.
+
+    `o_n = [gamma sum_W e^(s_i - c) v_i + S_n^T phi(q_n)] / [gamma sum_W e^(s_i - c) + z_n . phi(q_n)]`, c = max_W s.
+    That is `windowed_linear_attention` without sinks and with lambda_n = c - log gamma, which is how it's computed.
+
+    Args:
+        q, k, v, phi_q, phi_k, window, state, cu_seqlens, backend: as in `windowed_linear_attention`; window >= 1.
+        log_gamma: [Hq] or [B, T, Hq], log of the window's weight, <= 0.
+
+    Returns:
+        o [B, T, Hq, V] in v's dtype, and the state after the last token.
+
+    Example:
+        >>> x, gamma = torch.ones(1, 3, 1, 1), torch.zeros(1)
+        >>> lolcats_attention(x, x, x, x, x, gamma, window=1)[0].flatten().tolist()
+        [1.0, 1.0, 1.0]
+    """
+    if window < 1:
+        raise InputError(f"window is {window}; the published form needs a window of at least one token")
+    return _attend(q, k, v, phi_q, phi_k, -log_gamma, window, 0, None, state, cu_seqlens, backend, True)
+
+
+def lolcats_step_(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, log_gamma: Tensor, state: WindowState, *, window: int
+) -> Tensor:
+    """Do one token of `lolcats_attention`; arguments without the T axis, as in `windowed_step_`."""
+    return windowed_step_(q, k, v, phi_q, phi_k, -log_gamma, state, window=window, sinks=0, relative=True)
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, sinks: int, cu_seqlens: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Softmax over the last `window` tokens and the first `sinks`: the baseline that a far part must beat.
+
+    Args:
+        q: [B, T, Hq, K], already scaled. k: [B, T, Hk, K]. v: [B, T, Hk, V].
+
+    Returns:
+        o [B, T, Hq, V]. For a state to go on from, call `windowed_linear_attention` with phi_q = phi_k = None.
+
+    Example:
+        >>> x = torch.zeros(1, 3, 1, 1)
+        >>> window_attention(x, x, torch.arange(3.0).view(1, 3, 1, 1), window=2, sinks=0).flatten().tolist()
+        [0.0, 0.5, 1.5]
+    """
+    return _attend(q, k, v, None, None, None, window, sinks, None, None, cu_seqlens, backend, False)[0]
+
+
+class _Segment(NamedTuple):
+    """Rows of the batch and tokens that start at one position, and the rows of the state that belong to them."""
+
+    rows: slice
+    tokens: slice
+    memory: slice
+    count: int
+
+
+def _segments(rows: int, tokens: int, counts: list[int], offsets: list[int] | None) -> Iterator[_Segment]:
+    if offsets is None:
+        start = 0
+        for count, run in groupby(counts):
+            stop = start + len(list(run))
+            yield _Segment(slice(start, stop), slice(0, tokens), slice(start, stop), count)
+            start = stop
+        return
+    for i, count in enumerate(counts):
+        yield _Segment(slice(0, rows), slice(offsets[i], offsets[i + 1]), slice(i, i + 1), count)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor | None, phi_k: Tensor | None, log_scale: Tensor | None,
+    log_decay: Tensor | None, cu_seqlens: Tensor | None, window: int, sinks: int,
+) -> dict[str, int]:  # fmt: skip
+    n = bind(
+        "q: B T Hq K, k: B T Hk K, v: B T Hk V, phi_q: B T Hq F, phi_k: B T Hk F, log_decay: B T Hk",
+        q, k, v, phi_q, phi_k, log_decay,
+    )  # fmt: skip
+    if check_heads(q=n["Hq"], k=n["Hk"]) != n["Hq"]:
+        raise InputError(f"k has {n['Hk']} heads and q has {n['Hq']}; q must have as many heads or a multiple of them")
+    if window < 0 or sinks < 0:
+        raise InputError(f"window is {window} and sinks is {sinks}; neither may be negative")
+    parts = [phi_q is None, phi_k is None, log_scale is None]
+    if any(parts) and not all(parts):
+        raise InputError("give all of phi_q, phi_k and log_scale, or none of them for no far part")
+    if window + sinks == 0 and phi_q is None:
+        raise InputError("window and sinks are 0 and there is no far part, so there is nothing to attend to")
+    if log_scale is not None and log_scale.dim() != 1:
+        bind("q: B T Hq K, log_scale: B T Hq", q, log_scale)
+    if cu_seqlens is not None and n["B"] != 1:
+        raise InputError(f"q has B={n['B']}, but packed documents (cu_seqlens) need B=1")
+    return n
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor | None, phi_k: Tensor | None, log_scale: Tensor | None,
+    window: int, sinks: int, log_decay: Tensor | None, state: WindowState | None, cu_seqlens: Tensor | None,
+    backend: str, relative: bool,
+) -> tuple[Tensor, WindowState]:  # fmt: skip
+    n = _check(q, k, v, phi_q, phi_k, log_scale, log_decay, cu_seqlens, window, sinks)
+    if phi_q is None or phi_k is None or log_scale is None:
+        phi_q, phi_k = q[..., :0], k[..., :0]
+        log_scale = q.new_full((1,), -torch.inf).expand(n["Hq"])
+    log_scale = log_scale.expand(n["B"], n["T"], n["Hq"])
+    offsets = None if cu_seqlens is None else cu_seqlens.tolist()
+    rows = n["B"] if offsets is None else len(offsets) - 1
+    if state is None:
+        counts = [0] * rows
+        state = empty_state(rows, n["Hk"], n["K"], n["V"], phi_k.shape[-1], window=window, sinks=sinks, like=k)
+    else:
+        slots = [rows, n["Hk"], window + sinks, n["K"]]
+        if list(state.keys.shape) != slots:
+            raise InputError(f"the state's keys have shape {list(state.keys.shape)}; these arguments need {slots}")
+        counts = state.count.tolist()
+    heads_first = [x.transpose(1, 2) for x in (k, v, phi_k)]
+    outs, states = [], []
+    run = choose(BACKENDS, backend, q)
+    for part in _segments(n["B"], n["T"], counts, offsets):
+        here = (part.rows, part.tokens)
+        past = WindowState(*(x[part.memory] for x in state))
+        if part.tokens.stop == part.tokens.start:
+            states.append(past)
+            continue
+        keys, values, features = (x[part.rows, :, part.tokens] for x in heads_first)
+        at = (part.count, window, sinks)
+        call = WindowCall(
+            q[here], with_past(keys, past.keys, *at), with_past(values, past.values, *at), phi_q[here],
+            with_past(features, past.features, *at), log_scale[here], None if log_decay is None else log_decay[here],
+            past.far, sink_rows(keys, past.keys, part.count, sinks), sink_rows(values, past.values, part.count, sinks),
+            window, sinks, part.count, relative,
+        )  # fmt: skip
+        o, far = _pure(call) if window + sinks == 0 else run(call)
+        outs.append(o.to(v.dtype))
+        slots = (advanced(*x, *at) for x in zip(past[1:4], (keys, values, features), strict=True))
+        states.append(WindowState(far, *slots, past.count + keys.shape[2]))
+    if len(states) == 1:
+        return outs[0], states[0]
+    o = torch.cat(outs, dim=0 if offsets is None else 1) if outs else v.new_empty(n["B"], 0, n["Hq"], n["V"])
+    return o, WindowState(*(torch.cat(x) for x in zip(*states, strict=True)))
+
+
+def _pure(call: WindowCall) -> tuple[Tensor, Tensor]:
+    """No exact token at all: normalised linear attention."""
+    k, v = call.phi_k.transpose(1, 2), call.v.transpose(1, 2)
+    return linear_attention(call.phi_q, k, v, log_decay=call.log_decay, state=call.far)

@@ -1,0 +1,116 @@
+"""What windowed attention remembers between two calls, and one call made ready for a backend.
+
+The exact set of query n, `{n-w < i <= n} U {i < s}`, is kept in `s + w` slots: position p < s stays in slot p for ever,
+position p >= s lives in slot `s + (p - s) mod w` until token p + w takes the slot and pushes it into the far state. So
+the filled slots *are* the exact set, no token is in it twice, and one more token costs no copy of the window.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class WindowState(NamedTuple):
+    """The memory of `windowed_linear_attention`; every tensor's first axis is the row (or packed document).
+
+    Attributes:
+        far: [B, Hk, F, V + 1], float32 or wider: sum of phi(k_j) [v_j, 1]^T over the keys that left the window.
+        keys: [B, Hk, s + w, K], the exact slots (see the module's first lines).
+        values: [B, Hk, s + w, V].
+        features: [B, Hk, s + w, F], phi(k) of the keys still in the window, which they need when they leave.
+        count: [B], int64, tokens seen. Slots at or beyond min(count, s + w) are empty.
+    """
+
+    far: Tensor
+    keys: Tensor
+    values: Tensor
+    features: Tensor
+    count: Tensor
+
+
+class WindowCall(NamedTuple):
+    """Rows of one length and one position, as a backend gets them; L = P + T, where P earlier keys stand in front.
+
+    q [B, T, Hq, K]; k [B, Hk, L, K]; v [B, Hk, L, V]; phi_q [B, T, Hq, F]; phi_k [B, Hk, L, F]; log_scale [B, T, Hq];
+    log_decay [B, T, Hk] or None; far [B, Hk, F, V + 1]; sink_k [B, Hk, s', K]; sink_v [B, Hk, s', V]. Query t has
+    position count + t and key l has position count - P + l. With F = 0 there is no far part.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    phi_q: Tensor
+    phi_k: Tensor
+    log_scale: Tensor
+    log_decay: Tensor | None
+    far: Tensor
+    sink_k: Tensor
+    sink_v: Tensor
+    window: int
+    sinks: int
+    count: int
+    relative: bool
+
+    @property
+    def prefix(self) -> int:
+        return self.k.shape[2] - self.q.shape[1]
+
+
+def empty_state(
+    rows: int, heads: int, key_width: int, value_width: int, features: int, *, window: int, sinks: int, like: Tensor
+) -> WindowState:
+    """Return the state before the first token; slots have the dtype of `like`, the far state float32 or wider.
+
+    Example:
+        >>> empty_state(2, 3, 8, 8, 16, window=4, sinks=1, like=torch.zeros(())).keys.shape
+        torch.Size([2, 3, 5, 8])
+    """
+    wide = torch.promote_types(like.dtype, torch.float32)
+    slots = window + sinks
+    return WindowState(
+        far=torch.zeros(rows, heads, features, value_width + 1, dtype=wide, device=like.device),
+        keys=like.new_zeros(rows, heads, slots, key_width),
+        values=like.new_zeros(rows, heads, slots, value_width),
+        features=like.new_zeros(rows, heads, slots, features),
+        count=torch.zeros(rows, dtype=torch.int64, device=like.device),
+    )
+
+
+def _slots(start: int, stop: int, window: int, sinks: int, device: torch.device) -> Tensor:
+    """Slots of the positions start .. stop-1, all >= sinks, at most `window` of them."""
+    return (torch.arange(start, stop, device=device) - sinks) % max(window, 1) + sinks
+
+
+def with_past(new: Tensor, past: Tensor, count: int, window: int, sinks: int) -> Tensor:
+    """Put the keys still in the window (oldest first, sinks left out) before the new ones.
+
+    Args:
+        new: [B, Hk, T, X]. past: [B, Hk, s + w, X], slots of a state that has seen `count` tokens.
+    """
+    kept = min(window, max(count - sinks, 0))
+    if not kept:
+        return new
+    index = _slots(count - kept, count, window, sinks, new.device)
+    return torch.cat([past.index_select(2, index).to(new.dtype), new], dim=2)
+
+
+def sink_rows(new: Tensor, past: Tensor, count: int, sinks: int) -> Tensor:
+    """Return the sinks [B, Hk, min(s, count + T), X] that some of the new tokens can see."""
+    if count >= sinks:
+        return past[:, :, :sinks].to(new.dtype)
+    return torch.cat([past[:, :, :count].to(new.dtype), new[:, :, : sinks - count]], dim=2)
+
+
+def advanced(past: Tensor, new: Tensor, count: int, window: int, sinks: int) -> Tensor:
+    """Return the slots after the new tokens [B, Hk, T, X] have been written into them."""
+    total = count + new.shape[2]
+    early = range(min(count, sinks), min(sinks, total))
+    start = max(sinks, count, total - window)
+    parts = [torch.arange(early.start, early.stop, device=new.device)]
+    source = [new[:, :, : len(early)]]
+    if window and start < total:
+        parts.append(_slots(start, total, window, sinks, new.device))
+        source.append(new[:, :, start - count :])
+    index = torch.cat(parts)
+    return past.index_copy(2, index, torch.cat(source, dim=2).to(past.dtype)) if len(index) else past.clone()

@@ -1,0 +1,113 @@
+"""One token of windowed attention, in place: a fixed number of small operators whatever has been read before.
+
+The slots of `WindowState` make it short: the new token takes the slot of the one that leaves, which is pushed into the
+far state; softmax runs over all slots in whatever order they stand.
+"""
+
+import torch
+from torch import Tensor
+
+from lineament.ops.window_reference import common_scale
+from lineament.ops.window_state import WindowState
+
+
+def windowed_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor | None,
+    phi_k: Tensor | None,
+    log_scale: Tensor | None,
+    state: WindowState,
+    *,
+    window: int,
+    sinks: int,
+    log_decay: Tensor | None = None,
+    relative: bool = False,
+) -> Tensor:
+    """Read one more token and move the state on, in place; the same numbers as `windowed_linear_attention`.
+
+    Args:
+        q: [B, Hq, K], scaled. k: [B, Hk, K]. v: [B, Hk, V]. phi_q: [B, Hq, F]. phi_k: [B, Hk, F].
+        log_scale: [B, Hq] or [Hq].
+        state: moved on by one token; rows may have seen unequal numbers of tokens.
+        window, sinks: those the state was made with.
+        log_decay: [B, Hk] or None.
+        relative: lambda counts from the largest exact logit (the LoLCATs form).
+
+    Returns:
+        o [B, Hq, V] in v's dtype.
+
+    Example:
+        >>> from lineament.ops.window_state import empty_state
+        >>> x = torch.ones(1, 1, 2)
+        >>> state = empty_state(1, 1, 2, 2, 2, window=3, sinks=1, like=x)
+        >>> windowed_step_(x, x, x, x, x, torch.zeros(1), state, window=3, sinks=1).tolist(), state.count.tolist()
+        ([[[1.0, 1.0]]], [1])
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, phi_q, phi_k, log_scale)):
+        raise RuntimeError("windowed_step_ writes in place and has no gradient; use windowed_linear_attention to train")
+    far, keys, values, features, count = state
+    B, Hk, slots, K = keys.shape
+    reads = phi_q is not None and phi_k is not None and log_scale is not None and features.shape[-1] > 0
+    if reads and log_decay is not None:
+        far.mul_(log_decay.to(far.dtype).exp()[..., None, None])
+    counts = count.tolist()
+    even = counts.count(counts[0]) == B
+    write = _write_even_ if even else _write_uneven_
+    write(state, k, v, phi_k if reads else None, counts, window, sinks)
+    count.add_(1)
+    out = q.new_zeros(0)
+    wide = far.dtype
+    if slots:
+        logits = torch.matmul(q.view(B, Hk, -1, K), keys.mT).to(wide)
+        if min(counts) < slots - 1:
+            empty = torch.arange(slots, device=q.device) >= count[:, None]
+            logits = logits.masked_fill_(empty[:, None, None], -torch.inf)
+        top = logits.amax(-1, keepdim=True)
+    if not reads:
+        return torch.matmul(torch.softmax(logits, -1).to(v.dtype), values).view(B, -1, v.shape[-1])
+    phi = phi_q.view(B, Hk, -1, phi_q.shape[-1]).to(wide)
+    if not slots:
+        out = torch.matmul(phi, far)
+        return (out[..., :-1] / (out[..., -1:] + 1e-6)).to(v.dtype).view(B, -1, v.shape[-1])
+    log_scale = log_scale.to(wide).expand(B, -1).view(B, Hk, -1, 1)
+    lift, near = common_scale(top, log_scale + top if relative else log_scale)
+    weight = logits.sub_(top.add_(lift)).exp_()
+    read = torch.matmul(phi.mul(near), far)
+    out = torch.matmul(weight.to(values.dtype), values).add(read[..., :-1])
+    total = weight.sum(-1, keepdim=True).add_(read[..., -1:])
+    return (out / total).to(v.dtype).view(B, -1, v.shape[-1])
+
+
+def _push_(far: Tensor, phi: Tensor, v: Tensor) -> None:
+    """Add phi [.., F] times [v, 1] [.., V + 1] to the far state [.., F, V + 1]."""
+    far[..., :-1].addcmul_(phi[..., None].to(far.dtype), v[..., None, :].to(far.dtype))
+    far[..., -1].add_(phi)
+
+
+def _write_even_(
+    state: WindowState, k: Tensor, v: Tensor, phi_k: Tensor | None, counts: list[int], window: int, sinks: int
+) -> None:
+    far, keys, values, features, _ = state
+    n = counts[0]
+    if n >= sinks and not window:
+        if phi_k is not None:
+            _push_(far, phi_k, v)
+        return
+    slot = n if n < sinks else sinks + (n - sinks) % window
+    if phi_k is not None:
+        if n >= sinks + window:
+            _push_(far, features[:, :, slot], values[:, :, slot])
+        features[:, :, slot] = phi_k
+    keys[:, :, slot] = k
+    values[:, :, slot] = v
+
+
+def _write_uneven_(
+    state: WindowState, k: Tensor, v: Tensor, phi_k: Tensor | None, counts: list[int], window: int, sinks: int
+) -> None:
+    for row, count in enumerate(counts):
+        one = WindowState(*(x[row : row + 1] for x in state))
+        phi = None if phi_k is None else phi_k[row : row + 1]
+        _write_even_(one, k[row : row + 1], v[row : row + 1], phi, [count], window, sinks)
