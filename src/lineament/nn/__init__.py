@@ -1,0 +1,43 @@
+"""Layers, one file per idea.
+
+- `MixerConfig`, `build(config) -> ConvertedHeads`, `BUILDERS`: head mixers (`HeadMixer`): they take a layer's q, k, v
+  and mix over the tokens; `ConvertedHeads` adds heads that stay softmax, padding and packing.
+- `FEATURE_MAPS`: phi of linear attention.
+- `Rows`: padding and packing of a block. `KeyValues`, `causal_softmax`: ordinary attention over a growing buffer.
+- `quiet_log_scale`: where a far part starts unheard.
+"""
+
+from lineament.nn.additive import CountedState, Lightning, LinearHeads
+from lineament.nn.build import BUILDERS, build
+from lineament.nn.config import MixerConfig
+from lineament.nn.delta import DeltaHeads, DeltaState
+from lineament.nn.feature_maps import FEATURE_MAPS
+from lineament.nn.heads import ConvertedHeads, HeadMixer, LayerState, check_heads_input
+from lineament.nn.rows import Rows
+from lineament.nn.short_conv import ShortConv
+from lineament.nn.softmax import KeyValues, causal_softmax
+from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow, quiet_log_scale
+
+__all__ = [
+    "BUILDERS",
+    "FEATURE_MAPS",
+    "ConvertedHeads",
+    "CountedState",
+    "DeltaHeads",
+    "DeltaState",
+    "HeadMixer",
+    "HedgehogWindow",
+    "KeyValues",
+    "LayerState",
+    "Lightning",
+    "LinearHeads",
+    "Lolcats",
+    "MixerConfig",
+    "Rows",
+    "ShortConv",
+    "SoftmaxWindow",
+    "build",
+    "causal_softmax",
+    "check_heads_input",
+    "quiet_log_scale",
+]

@@ -1,0 +1,73 @@
+"""Head mixers by name."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from lineament._base.errors import InputError, unknown
+from lineament.nn.additive import Lightning, LinearHeads
+from lineament.nn.config import MixerConfig
+from lineament.nn.delta import DeltaHeads
+from lineament.nn.feature_maps import FEATURE_MAPS
+from lineament.nn.heads import ConvertedHeads
+from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "hedgehog-window": HedgehogWindow,
+    "softmax-window": SoftmaxWindow,
+    "lolcats": Lolcats,
+    "linear": LinearHeads,
+    "lightning": Lightning,
+    "gated-deltanet": DeltaHeads,
+    "kda": partial(DeltaHeads, channels=True),
+    **{name: partial(LinearHeads, map=name) for name in FEATURE_MAPS},
+}
+
+
+def options_of(kind: str) -> dict[str, object]:
+    """Return a kind's own options and their defaults.
+
+    Example:
+        >>> sorted(options_of("lolcats"))
+        ['features', 'gamma']
+    """
+    if kind not in BUILDERS:
+        raise unknown("mixer", kind, BUILDERS)
+    builder = BUILDERS[kind]
+    fixed = builder.keywords if isinstance(builder, partial) else {}
+    found = {
+        name: p.default
+        for name, p in inspect.signature(builder).parameters.items()
+        if p.kind is p.KEYWORD_ONLY and name not in fixed
+    }
+    if "map" in fixed or kind == "linear":
+        target = FEATURE_MAPS[fixed.get("map", "hedgehog")]
+        found |= {n: p.default for n, p in inspect.signature(target).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return found
+
+
+def build(config: MixerConfig) -> ConvertedHeads:
+    """Build a layer's heads from a config: the filling by `config.kind`, with `config.full_heads` left softmax.
+
+    Raises:
+        InputError: the kind or one of its options is unknown.
+    """
+    known = options_of(config.kind)
+    for name in config.options:
+        if name not in known and config.kind != "linear":
+            raise unknown(f"option of the mixer {config.kind}", name, known)
+    rest = config.key_heads - len(config.full_heads)
+    if not rest:
+        return ConvertedHeads(config, None)
+    options = dict(config.options)
+    scale = options.get("log_scale")
+    if isinstance(scale, list | tuple) and len(scale) == config.heads and config.full_heads:
+        full = {h * config.groups + g for h in config.full_heads for g in range(config.groups)}
+        options["log_scale"] = [s for h, s in enumerate(scale) if h not in full]
+    try:
+        filling = BUILDERS[config.kind](config.with_heads(rest * config.groups, rest), **options)
+    except TypeError as error:
+        raise InputError(f"the mixer {config.kind} can't take the options {options}: {error}") from None
+    return ConvertedHeads(config, filling)

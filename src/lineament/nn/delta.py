@@ -1,0 +1,136 @@
+"""Delta-rule fillings of a converted layer: `gated-deltanet` (one gate per head) and `kda` (one per key channel).
+
+`S <- Diag(e^g) S`, `u = beta (v - S^T k)`, `S <- S + k u^T`, `o = S^T q`. Every part starts as near the identity as it
+can: identity short convolution without activation, decay 1e-3 nats, beta 1/2, output gate 1, so that what the teacher
+learned in its projections is what the state holds.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, softplus
+
+from lineament._base.errors import unknown
+from lineament.nn.config import MixerConfig
+from lineament.nn.short_conv import ShortConv
+from lineament.nn.state import State
+from lineament.nn.windowed import stepping
+from lineament.ops.recurrence import delta_rule, delta_step_
+
+NORMS = ("value", "query", "none")
+
+
+class DeltaState(NamedTuple):
+    """A delta-rule layer's memory: S [B, Hk, K, V] and the last inputs of the short convolution (or None)."""
+
+    memory: Tensor
+    tail: Tensor | None
+
+
+class DeltaHeads(nn.Module):
+    """A delta-rule mixer over a teacher's q, k, v.
+
+    Args:
+        config: the shape.
+        channels: a gate per key channel (KDA) instead of one per head (Gated DeltaNet).
+        conv: taps of the short convolution over q, k and v; 0 for none.
+        key_norm: k is normalised for the erase; its length goes to v per token ("value", writes stay exact), to q as
+            a learned constant per head ("query", starts at 1: set it to the mean length), or nowhere ("none").
+        rank: rank of the gates' projections (K if None). output_gate: gate the output by `sigma(W x + 4) / sigma(4)`.
+        log_decay: where the decay starts, in nats a token.
+    """
+
+    def __init__(
+        self,
+        config: MixerConfig,
+        *,
+        channels: bool = False,
+        conv: int = 4,
+        key_norm: str = "value",
+        rank: int | None = None,
+        output_gate: bool = True,
+        log_decay: float = -1e-3,
+    ) -> None:
+        super().__init__()
+        if key_norm not in NORMS:
+            raise unknown("key_norm", key_norm, NORMS)
+        self.config, self.channels, self.key_norm, self.start = config, channels, key_norm, log_decay
+        Hq, Hk, K, V, D = config.heads, config.key_heads, config.key_width, config.value_width, config.model_width
+        rank = rank or K
+        self.conv = ShortConv(Hq * K + Hk * (K + V), conv) if conv else None
+        self.decay_down = nn.Parameter(torch.empty(rank, D)) if channels else None
+        self.decay_up = nn.Parameter(torch.empty(Hk * K, rank) if channels else torch.empty(Hk, D))
+        self.decay_bias = nn.Parameter(torch.empty(Hk * K if channels else Hk))
+        self.decay_rate = nn.Parameter(torch.empty(Hk))
+        self.beta_weight, self.beta_bias = nn.Parameter(torch.empty(Hk, D)), nn.Parameter(torch.empty(Hk))
+        self.key_length = nn.Parameter(torch.empty(Hk)) if key_norm == "query" else None
+        self.gate_down = nn.Parameter(torch.empty(rank, D)) if output_gate else None
+        self.gate_up = nn.Parameter(torch.empty(Hq * V, rank)) if output_gate else None
+        self.gate_bias = nn.Parameter(torch.empty(Hq * V)) if output_gate else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the near-identity start."""
+        with torch.no_grad():
+            for p in (self.decay_up, self.decay_rate, self.beta_weight, self.beta_bias, self.gate_up):
+                if p is not None:
+                    p.zero_()
+            self.decay_bias.fill_(math.log(math.expm1(-self.start)))
+            for p in (self.decay_down, self.gate_down):
+                if p is not None:
+                    p.normal_(std=self.config.model_width**-0.5)
+            if self.gate_bias is not None:
+                self.gate_bias.fill_(4.0)
+            if self.key_length is not None:
+                self.key_length.fill_(1.0)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log decay [B, T, Hk] or [B, T, Hk, K] and beta [B, T, Hk] of inputs x [B, T, D], in float32."""
+        f = linear(x, self.decay_down.to(x.dtype)) if self.decay_down is not None else x
+        f = softplus(linear(f, self.decay_up.to(x.dtype)).float() + self.decay_bias.float())
+        rate = self.decay_rate.float().exp()
+        if self.channels:
+            f, rate = f.unflatten(-1, (self.config.key_heads, self.config.key_width)), rate[:, None]
+        beta = (linear(x, self.beta_weight.to(x.dtype)).float() + self.beta_bias.float()).sigmoid()
+        return -rate * f, beta
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
+    ) -> tuple[Tensor, State]:
+        """See `HeadMixer`."""
+        memory, tail = state if state is not None else (None, None)
+        if self.conv is not None:
+            q, k, v, tail = self._convolved(q, k, v, tail, cu_seqlens)
+        q, k, v = self._normalised(q, k, v)
+        log_decay, beta = self.gates(x)
+        if cu_seqlens is None and stepping(q.shape[1], memory):
+            o = delta_step_(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], log_decay[:, 0], memory)[:, None]
+        else:
+            o, memory = delta_rule(q, k, v, beta, log_decay, state=memory, cu_seqlens=cu_seqlens)
+        return self._gated(o, x), DeltaState(memory, tail)
+
+    def _convolved(
+        self, q: Tensor, k: Tensor, v: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert self.conv is not None
+        widths = [part.shape[2] * part.shape[3] for part in (q, k, v)]
+        y, tail = self.conv(torch.cat([part.flatten(2) for part in (q, k, v)], dim=-1), tail, cu_seqlens)
+        parts = (y.unflatten(-1, (-1, part.shape[3])) for y, part in zip(y.split(widths, -1), (q, k, v), strict=True))
+        return *parts, tail  # type: ignore[return-value]
+
+    def _normalised(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        length = torch.linalg.vector_norm(k, dim=-1, keepdim=True, dtype=torch.promote_types(k.dtype, torch.float32))
+        k = (k / length.clamp(min=1e-6)).to(k.dtype)
+        if self.key_norm == "value":
+            v = (v * length).to(v.dtype)
+        if self.key_length is not None:
+            q = q * self.key_length.to(q.dtype).repeat_interleave(self.config.groups)[:, None]
+        return q, k, v
+
+    def _gated(self, o: Tensor, x: Tensor) -> Tensor:
+        if self.gate_down is None or self.gate_up is None:
+            return o
+        g = linear(linear(x, self.gate_down.to(x.dtype)), self.gate_up.to(x.dtype), self.gate_bias.to(x.dtype))
+        return o * (g.sigmoid() / (1 / (1 + math.exp(-4.0)))).unflatten(-1, o.shape[2:])

@@ -1,0 +1,147 @@
+"""Ordinary causal softmax for the heads that keep it, over key-value buffers that grow by chunks."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from lineament.nn.rows import Rows
+
+CHUNK = 256  # columns by which a full buffer grows: one copy of the cache per 256 tokens
+
+
+class KeyValues:
+    """Keys and values of the tokens seen, in the columns of the padded block they came in.
+
+    Attributes:
+        keys: [B, Hk, capacity, K]. values: [B, Hk, capacity, V].
+        valid: [B, capacity] bool, or None while every column seen is a real token.
+        length: columns in use.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.valid: Tensor | None = None
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add k [B, Hk, T, K] and v [B, Hk, T, V]; return all seen. `valid` [B, T]: None when all are real tokens."""
+        start, self.length = self.length, self.length + k.shape[2]
+        if self.keys is None or self.values is None:
+            layout = torch.contiguous_format  # cloned: a head's slice would keep the whole projection alive
+            self.keys, self.values = k.clone(memory_format=layout), v.clone(memory_format=layout)
+            self.valid = valid
+            return k, v
+        if self.length > self.keys.shape[2]:
+            self._grow(start)
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        if valid is not None and self.valid is None:
+            self.valid = torch.ones(self.keys.shape[0], self.keys.shape[2], dtype=torch.bool, device=k.device)
+        if self.valid is not None:
+            self.valid[:, start : self.length] = True if valid is None else valid
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def _grow(self, used: int) -> None:
+        capacity = -(-self.length // CHUNK) * CHUNK
+        assert self.keys is not None
+        assert self.values is not None
+
+        def grown(x: Tensor, axis: int) -> Tensor:
+            shape = list(x.shape)
+            shape[axis] = capacity
+            new = x.new_empty(shape)
+            new.narrow(axis, 0, used).copy_(x.narrow(axis, 0, used))
+            return new
+
+        self.keys, self.values = grown(self.keys, 2), grown(self.values, 2)
+        if self.valid is not None:
+            self.valid = grown(self.valid, 1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name the tensors held."""
+        found = {"keys": self.keys, "values": self.values, "valid": self.valid}
+        return {name: x for name, x in found.items() if x is not None}
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens` columns (the memory stays)."""
+        self.length = max(self.length - tokens, 0)
+
+    def select(self, index: Tensor) -> None:
+        """Keep (or repeat) the given rows."""
+        for name, x in self.tensors().items():
+            setattr(self, name, x.index_select(0, index.to(x.device)))
+
+    def copy(self) -> "KeyValues":
+        """Return a buffer that appends to this one can't reach."""
+        other = KeyValues()
+        for name, x in self.tensors().items():
+            setattr(other, name, x.clone())
+        other.length = self.length
+        return other
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention on [B, H, T, K] heads that share keys; q is scaled already."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        groups = 1
+    return sdpa(q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=groups > 1)
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    """Let the query heads of one key head stand as rows of one product: no key is repeated."""
+    B, Hq, _, K = q.shape
+    mask = None if valid is None else valid[:, None, None, :]
+    o = sdpa(q.reshape(B, k.shape[1], -1, K), k, v, attn_mask=mask, scale=1.0)
+    return o.reshape(B, Hq, 1, v.shape[-1])
+
+
+def causal_softmax(
+    q: Tensor, k: Tensor, v: Tensor, *, rows: Rows | None = None, past: KeyValues | None = None
+) -> Tensor:
+    """Attend to every earlier token of the same document.
+
+    Args:
+        q: [B, T, Hq, K], scaled already. k: [B, T, Hk, K]. v: [B, T, Hk, V].
+        rows: padding and packing of this block; None when every row is one document of T real tokens.
+        past: what the layer has seen before; gets this block's keys and values.
+
+    Returns:
+        [B, T, Hq, V]; rows of padding hold zeros or leftovers that no real token reads.
+
+    Example:
+        >>> q = k = torch.zeros(1, 3, 1, 2)
+        >>> causal_softmax(q, k, torch.tensor([0.0, 3.0, 6.0]).view(1, 3, 1, 1)).flatten().tolist()
+        [0.0, 1.5, 3.0]
+    """
+    seen = past.length if past is not None else 0
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    valid = rows.valid if rows is not None else None
+    keys, values = past.append(k, v, valid) if past is not None else (k, v)
+    if seen == 0 and rows is None:
+        return _grouped(q, k, v, causal=q.shape[2] > 1).transpose(1, 2)
+    if seen == 0 and rows is not None:
+        return _by_document(q, k, v, rows).transpose(1, 2)
+    assert past is not None
+    known = None if past.valid is None else past.valid[:, : past.length]
+    T, L = q.shape[2], keys.shape[2]
+    if T == 1:
+        return _one_token(q, keys, values, known).transpose(1, 2)
+    mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)[None, None]
+    if known is not None:
+        mask = mask & known[:, None, None, :]
+        mask = mask | ~mask.any(-1, keepdim=True)  # a row of padding reads anything rather than nothing (NaN)
+    return _grouped(q, keys, values, mask=mask).transpose(1, 2)
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    """Softmax inside each document: no T x T mask, no work on padding."""
+    q, k, v = (rows.pack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
+    parts = [
+        _grouped(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], causal=True)
+        for a, b in zip(rows.bounds, rows.bounds[1:], strict=False)
+        if b > a
+    ]
+    return rows.unpack(torch.cat(parts, dim=2).transpose(1, 2)).transpose(1, 2)

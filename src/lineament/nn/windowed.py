@@ -1,0 +1,180 @@
+"""Exact softmax on the last w and first s tokens, feature maps elsewhere: `hedgehog-window`, `softmax-window`, `lolcats`."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lineament._base.errors import unknown
+from lineament.nn.config import MixerConfig
+from lineament.nn.feature_maps import FEATURE_MAPS
+from lineament.nn.state import State
+from lineament.ops.window import lolcats_attention, lolcats_step_, windowed_linear_attention, windowed_step_
+
+QUIET = -12.0  # log scale of an uncalibrated far part, in nats beside logits of order 1: a no-op to four digits
+
+
+def stepping(length: int, state: State) -> bool:
+    """Say whether a call is one token of decoding, which may change its state in place."""
+    return length == 1 and state is not None and not torch.is_grad_enabled()
+
+
+class HedgehogWindow(nn.Module):
+    """One softmax denominator over exact weights near and feature-map weights far, on one common scale.
+
+    `weight = e^s` on the last `window` and first `sinks` tokens, `e^lambda(q) g(k_j) phi(q).phi(k_j)` elsewhere.
+    Starts quiet: lambda is `log_scale` per head, so low that the layer is its window and sinks. `-inf` is off exactly.
+
+    Args:
+        config: the shape. map: a key of `FEATURE_MAPS` (not cosformer). features, form, bias, temperature: the
+            map's own (see `Hedgehog`).
+        key_gate: learn `g(k) = e^{w.k + b}` per key head (w = b = 0 at the start).
+        query_scale: learn lambda per query, `u.q + b` (u = 0 at the start), not only b per head.
+        decay: learn one log decay per key head for the far state.
+        log_scale: where b starts, a number or one per query head.
+    """
+
+    def __init__(
+        self,
+        config: MixerConfig,
+        *,
+        map: str = "hedgehog",
+        form: str = "softmax",
+        features: int | None = None,
+        temperature: bool = True,
+        bias: bool = False,
+        key_gate: bool = True,
+        query_scale: bool = False,
+        decay: bool = False,
+        log_scale: float | Sequence[float] = QUIET,
+    ) -> None:
+        super().__init__()
+        self.config, self.start = config, log_scale
+        if map == "cosformer" or map not in FEATURE_MAPS:
+            raise unknown("feature map of a window's far part", map, [m for m in FEATURE_MAPS if m != "cosformer"])
+        own = {"features": features, "form": form, "temperature": temperature, "bias": bias}
+        own = own if map == "hedgehog" else {}
+        K, Hq, Hk = config.key_width, config.heads, config.key_heads
+        self.map_q, self.map_k = FEATURE_MAPS[map](Hq, K, **own), FEATURE_MAPS[map](Hk, K, **own)
+        self.root = K**0.25
+        self.log_scale = nn.Parameter(torch.empty(Hq))
+        self.scale_query = nn.Parameter(torch.empty(Hq, K)) if query_scale else None
+        self.gate_key = nn.Parameter(torch.empty(Hk, K)) if key_gate else None
+        self.gate_bias = nn.Parameter(torch.empty(Hk)) if key_gate else None
+        self.decay = nn.Parameter(torch.empty(Hk)) if decay else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make the far part a quiet no-op with a decay of 3e-4 nats a token."""
+        with torch.no_grad():
+            self.log_scale.copy_(torch.as_tensor(self.start, dtype=self.log_scale.dtype))
+            for p in (self.scale_query, self.gate_key, self.gate_bias):
+                if p is not None:
+                    p.zero_()
+            if self.decay is not None:
+                self.decay.fill_(-8.0)
+
+    def gates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return phi(q), g(k) phi(k), lambda [.., Hq] and the log decay [.., Hk] (or None)."""
+        phi_q, phi_k = self.map_q(q * self.root), self.map_k(k / self.root)
+        if self.gate_key is not None and self.gate_bias is not None:
+            gate = ((k * self.gate_key.to(k.dtype)).sum(-1, dtype=torch.float32) + self.gate_bias).exp()
+            phi_k = phi_k * gate[..., None].to(phi_k.dtype)
+        log_scale = self.log_scale
+        if self.scale_query is not None:
+            log_scale = log_scale + (q * self.scale_query.to(q.dtype)).sum(-1, dtype=torch.float32)
+        log_decay = None
+        if self.decay is not None:
+            log_decay = -nn.functional.softplus(self.decay.float()).expand(k.shape[:-1])
+        return phi_q, phi_k, log_scale, log_decay
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
+    ) -> tuple[Tensor, State]:
+        """See `HeadMixer`."""
+        phi_q, phi_k, log_scale, log_decay = self.gates(q, k)
+        near = {"window": self.config.window, "sinks": self.config.sinks}
+        if cu_seqlens is None and stepping(q.shape[1], state):
+            scale = log_scale[:, 0] if log_scale.dim() == 3 else log_scale
+            one = (part[:, 0] for part in (q, k, v, phi_q, phi_k))
+            decay = None if log_decay is None else log_decay[:, 0]
+            return windowed_step_(*one, scale, state, log_decay=decay, **near)[:, None], state
+        return windowed_linear_attention(
+            q, k, v, phi_q, phi_k, log_scale, log_decay=log_decay, state=state, cu_seqlens=cu_seqlens, **near
+        )
+
+
+class SoftmaxWindow(nn.Module):
+    """Window and sinks, nothing far: the baseline that a far part must beat at equal bytes. No parameters."""
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
+    ) -> tuple[Tensor, State]:
+        """See `HeadMixer`."""
+        near = {"window": self.config.window, "sinks": self.config.sinks}
+        if cu_seqlens is None and stepping(q.shape[1], state):
+            return windowed_step_(q[:, 0], k[:, 0], v[:, 0], None, None, None, state, **near)[:, None], state
+        return windowed_linear_attention(q, k, v, None, None, None, state=state, cu_seqlens=cu_seqlens, **near)
+
+
+class Lolcats(nn.Module):
+    """The published form: `gamma e^(s-c)` on the window, Hedgehog features beyond it on a scale of their own, no sinks.
+
+    Args:
+        config: the shape; `sinks` is not used. gamma: where the window's learned share per head starts.
+        features: D' of the map.
+    """
+
+    def __init__(self, config: MixerConfig, *, gamma: float = 0.1, features: int | None = None) -> None:
+        super().__init__()
+        self.config, self.gamma, self.root = config, gamma, config.key_width**0.25
+        self.map_q = FEATURE_MAPS["hedgehog"](config.heads, config.key_width, features=features)
+        self.map_k = FEATURE_MAPS["hedgehog"](config.key_heads, config.key_width, features=features)
+        self.window_logit = nn.Parameter(torch.empty(config.heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every head's share to gamma."""
+        with torch.no_grad():
+            self.window_logit.fill_(math.log(self.gamma / (1 - self.gamma)))
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
+    ) -> tuple[Tensor, State]:
+        """See `HeadMixer`."""
+        phi_q, phi_k = self.map_q(q * self.root), self.map_k(k / self.root)
+        log_gamma = nn.functional.logsigmoid(self.window_logit.float())
+        if cu_seqlens is None and stepping(q.shape[1], state):
+            one = (part[:, 0] for part in (q, k, v, phi_q, phi_k))
+            return lolcats_step_(*one, log_gamma, state, window=self.config.window)[:, None], state
+        return lolcats_attention(
+            q, k, v, phi_q, phi_k, log_gamma, window=self.config.window, state=state, cu_seqlens=cu_seqlens
+        )
+
+
+@torch.no_grad()
+def quiet_log_scale(q: Tensor, k: Tensor, *, window: int, sinks: int, share: float = 1e-3) -> Tensor:
+    """Return per query head the log scale at which the far part's share stays below `share` everywhere.
+
+    `min over queries of logsumexp over the exact set - log(2T) + log(share)`: softmax halves give `phi.phi <= 2`.
+
+    Args:
+        q: [B, T, Hq, K], scaled. k: [B, T, Hk, K]. Rows are single documents without padding.
+
+    Returns:
+        [Hq], float32.
+    """
+    T, Hq = q.shape[1:3]
+    groups = Hq // k.shape[2]
+    n = torch.arange(T, device=q.device)
+    exact = (n <= n[:, None]) & ((n > n[:, None] - window) | (n < sinks))
+    lowest = []
+    for h in range(Hq):
+        logits = q[:, :, h].float() @ k[:, :, h // groups].float().mT
+        lowest.append(logits.masked_fill(~exact, -torch.inf).logsumexp(-1).min())
+    return torch.stack(lowest) - math.log(2 * T) + math.log(share)
