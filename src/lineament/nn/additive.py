@@ -1,4 +1,4 @@
-"""Linear attention whose state only adds: feature maps with a denominator (`hedgehog`, ...), fixed decay (`lightning`)."""
+"""Linear attention whose state only adds: feature maps with a denominator (`hedgehog`), fixed decay (`lightning`)."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from lineament._base.errors import unknown
 from lineament.nn.config import MixerConfig
 from lineament.nn.feature_maps import FEATURE_MAPS
 from lineament.nn.rows import positions
-from lineament.nn.state import State
+from lineament.nn.state import State, widened
 from lineament.nn.windowed import stepping
 from lineament.ops.linear import linear_attention
 from lineament.ops.recurrence import decayed_attention, decayed_step_
@@ -57,7 +57,7 @@ class LinearHeads(nn.Module):
         """See `HeadMixer`."""
         log_decay = None
         if self.decay is not None:
-            log_decay = -nn.functional.softplus(self.decay.float()).expand(k.shape[:-1])
+            log_decay = -nn.functional.softplus(widened(self.decay)).expand(k.shape[:-1])
         extra: tuple[Tensor, ...] = ()
         if self.needs_positions:
             rows = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -121,7 +121,7 @@ class Lightning(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
-        log_decay = self.log_decay.float().expand(k.shape[:-1])
+        log_decay = widened(self.log_decay).expand(k.shape[:-1])
         if cu_seqlens is None and stepping(q.shape[1], state):
             return decayed_step_(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], state)[:, None], state
         return decayed_attention(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)

@@ -15,7 +15,7 @@ from torch.nn.functional import linear, softplus
 from lineament._base.errors import unknown
 from lineament.nn.config import MixerConfig
 from lineament.nn.short_conv import ShortConv
-from lineament.nn.state import State
+from lineament.nn.state import State, widened
 from lineament.nn.windowed import stepping
 from lineament.ops.recurrence import delta_rule, delta_step_
 
@@ -89,11 +89,11 @@ class DeltaHeads(nn.Module):
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log decay [B, T, Hk] or [B, T, Hk, K] and beta [B, T, Hk] of inputs x [B, T, D], in float32."""
         f = linear(x, self.decay_down.to(x.dtype)) if self.decay_down is not None else x
-        f = softplus(linear(f, self.decay_up.to(x.dtype)).float() + self.decay_bias.float())
-        rate = self.decay_rate.float().exp()
+        f = softplus(widened(linear(f, self.decay_up.to(x.dtype))) + widened(self.decay_bias))
+        rate = widened(self.decay_rate).exp()
         if self.channels:
             f, rate = f.unflatten(-1, (self.config.key_heads, self.config.key_width)), rate[:, None]
-        beta = (linear(x, self.beta_weight.to(x.dtype)).float() + self.beta_bias.float()).sigmoid()
+        beta = (widened(linear(x, self.beta_weight.to(x.dtype))) + widened(self.beta_bias)).sigmoid()
         return -rate * f, beta
 
     def forward(

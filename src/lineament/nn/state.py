@@ -3,9 +3,15 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 State = Any
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x in float32 or wider: the dtype of gates and states."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def tree_map(function: Callable[[Tensor], Tensor], state: State) -> State:

@@ -1,4 +1,4 @@
-"""Exact softmax on the last w and first s tokens, feature maps elsewhere: `hedgehog-window`, `softmax-window`, `lolcats`."""
+"""Exact softmax on the last w and first s tokens, feature maps elsewhere: `hedgehog-window` and its relatives."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lineament._base.errors import unknown
 from lineament.nn.config import MixerConfig
 from lineament.nn.feature_maps import FEATURE_MAPS
-from lineament.nn.state import State
+from lineament.nn.state import State, widened
 from lineament.ops.window import lolcats_attention, lolcats_step_, windowed_linear_attention, windowed_step_
 
 QUIET = -12.0  # log scale of an uncalibrated far part, in nats beside logits of order 1: a no-op to four digits
@@ -79,14 +79,14 @@ class HedgehogWindow(nn.Module):
         """Return phi(q), g(k) phi(k), lambda [.., Hq] and the log decay [.., Hk] (or None)."""
         phi_q, phi_k = self.map_q(q * self.root), self.map_k(k / self.root)
         if self.gate_key is not None and self.gate_bias is not None:
-            gate = ((k * self.gate_key.to(k.dtype)).sum(-1, dtype=torch.float32) + self.gate_bias).exp()
+            gate = ((widened(k) * self.gate_key).sum(-1) + self.gate_bias).exp()
             phi_k = phi_k * gate[..., None].to(phi_k.dtype)
         log_scale = self.log_scale
         if self.scale_query is not None:
-            log_scale = log_scale + (q * self.scale_query.to(q.dtype)).sum(-1, dtype=torch.float32)
+            log_scale = log_scale + (widened(q) * self.scale_query).sum(-1)
         log_decay = None
         if self.decay is not None:
-            log_decay = -nn.functional.softplus(self.decay.float()).expand(k.shape[:-1])
+            log_decay = -nn.functional.softplus(widened(self.decay)).expand(k.shape[:-1])
         return phi_q, phi_k, log_scale, log_decay
 
     def forward(
@@ -148,7 +148,7 @@ class Lolcats(nn.Module):
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
         phi_q, phi_k = self.map_q(q * self.root), self.map_k(k / self.root)
-        log_gamma = nn.functional.logsigmoid(self.window_logit.float())
+        log_gamma = nn.functional.logsigmoid(widened(self.window_logit))
         if cu_seqlens is None and stepping(q.shape[1], state):
             one = (part[:, 0] for part in (q, k, v, phi_q, phi_k))
             return lolcats_step_(*one, log_gamma, state, window=self.config.window)[:, None], state
