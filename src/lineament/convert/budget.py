@@ -1,0 +1,89 @@
+"""From a time budget to step counts: a measured warm-up, written down before step 1."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineament._base.seeds import seeded
+from lineament.convert.plan import Plan, parse_budget
+
+MARGIN = 0.92  # checkpoints, logging and a busy machine take their part
+LEAST = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds measured on this machine: carrying the pool through the teacher, one transfer step of all layers
+    together, one distillation step."""
+
+    pool: float
+    transfer_step: float
+    distil_step: float
+
+    def to_json(self) -> dict[str, float]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def seconds_per_step(
+    module: nn.Module,
+    loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]],
+    batches: Callable[[int], Any],
+    *,
+    context: Callable[[], Any],
+    steps: int = 2,
+    optimiser: float = 1.15,
+) -> float:
+    """Time forward and backward of a few steps without changing a weight.
+
+    Args:
+        context: makes the autocast context. optimiser: factor for the update, which is not run.
+    """
+    with seeded(0):
+        for step in range(-1, steps):
+            if step == 0:
+                start = time.perf_counter()
+            with context():
+                value, _ = loss(module, batches(max(step, 0)))
+            if value.requires_grad:
+                value.backward()
+            module.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps * optimiser
+
+
+def resolve_budget(plan: Plan, timing: Timing) -> Plan:
+    """Return the plan with its step counts replaced by what the budget holds.
+
+    Example:
+        >>> timing = Timing(pool=10.0, transfer_step=1.0, distil_step=2.0)
+        >>> found = resolve_budget(Plan(budget="100", budget_transfer=0.5), timing)
+        >>> found.transfer_steps, found.distil_steps
+        (36, 23)
+    """
+    seconds = parse_budget(plan.budget)
+    if seconds is None:
+        return plan
+    seconds *= MARGIN
+    transfer = plan.transfer_steps > 0 and timing.transfer_step > 0
+    distil = plan.distil != "none" and plan.distil_steps > 0 and timing.distil_step > 0
+    share = plan.budget_transfer if transfer and distil else 1.0
+    changes: dict[str, int] = {}
+    if transfer:
+        changes["transfer_steps"] = max(LEAST, int((share * seconds - timing.pool) / timing.transfer_step))
+    if distil:
+        left = seconds * (1 - share if transfer else 1.0)
+        steps = max(LEAST, int(left / timing.distil_step))
+        extend = round(steps * plan.extend_steps / max(1, plan.distil_steps + plan.extend_steps))
+        changes |= {"distil_steps": steps - extend, "extend_steps": extend}
+    return plan.change(changes)
+
+
+def lengths_in_turn(lengths: Sequence[int]) -> int:
+    """Return how many steps a fair timing takes: one of each length, at most four."""
+    return min(4, len(lengths))

@@ -1,0 +1,206 @@
+"""End-to-end distillation: the student's predictions are pulled to the teacher's, on text and on far-back answers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineament import io
+from lineament._base.errors import InputError
+from lineament._base.extras import require
+from lineament._base.seeds import generator, seeded
+from lineament.convert.divergence import distil_loss
+from lineament.convert.plan import Plan
+from lineament.convert.precision import autocast
+from lineament.convert.text import Corpus
+from lineament.train import FitConfig, fit
+
+Batch = dict[str, Tensor]
+Batches = Callable[[int], Batch]
+ANSWER_WEIGHT = 4.0  # an answer's token counts as this many tokens of text: prompts are long, answers short
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Retrieval prompts with their answers at the end, drawn by step number.
+
+    Args:
+        make: (length, count, seed) -> list of (ids with the answer, length of the answer).
+    """
+
+    make: Callable[[int, int, int], Sequence[tuple[Tensor, int]]]
+
+    def batch(self, step: int, length: int, rows: int, seed: int) -> Batch:
+        """Return ids [rows, T] padded to the right and the weight of each prediction [rows, T - 1]."""
+        made = self.make(length, rows, seed * 1_000_003 + step)
+        ids = torch.nn.utils.rnn.pad_sequence([one for one, _ in made], batch_first=True)
+        weight = torch.zeros(ids.shape[0], ids.shape[1] - 1)
+        for row, (one, answer) in enumerate(made):
+            weight[row, : len(one) - 1] = 1.0
+            weight[row, len(one) - 1 - answer : len(one) - 1] = ANSWER_WEIGHT
+        return {"ids": ids, "weight": weight}
+
+
+def batches(
+    plan: Plan, corpus: Corpus, prompts: Prompts | None, lengths: Sequence[int], *, offset: int = 0
+) -> Batches:
+    """Return the batch of a step: text or, for the plan's share of steps, retrieval prompts. Lengths take turns."""
+
+    def batch(step: int) -> Batch:
+        step += offset
+        length = lengths[step % len(lengths)]
+        rows = max(1, plan.distil_tokens // length)
+        lot = torch.rand(1, generator=generator(plan.seed * 7919 + step)).item()
+        if prompts is not None and lot < plan.distil_retrieval:
+            return prompts.batch(step, length, rows, plan.seed)
+        ids = corpus.batch(step, length, rows)
+        return {"ids": ids, "weight": torch.ones(rows, length - 1)}
+
+    return batch
+
+
+def scored_positions(plan: Plan, length: int, weight: Tensor, step_seed: int) -> Tensor:
+    """Return the predictions that are scored: all, or a draw of `distil_positions` that keeps every answer."""
+    if not plan.distil_positions or plan.distil_positions >= length - 1:
+        return torch.arange(length - 1)
+    must = (weight > 1).any(0)
+    lots = torch.rand(length - 1, generator=generator(step_seed)) + must.cpu().float()
+    return lots.topk(max(plan.distil_positions, int(must.sum()))).indices.sort().values
+
+
+def make_loss(teacher: "Teacher", plan: Plan) -> Callable[[nn.Module, Batch], tuple[Tensor, dict[str, float]]]:
+    """Return the loss (student, batch) -> (scalar, named numbers): the plan's KL and next-token weights."""
+
+    def loss(student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        ids, weight = batch["ids"], batch["weight"]
+        keep = scored_positions(plan, ids.shape[1], weight, int(ids[0, :64].sum())).to(ids.device)
+        wanted = teacher.logits(batch, keep)
+        ours = student(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        share = weight.to(ids.device)[:, keep].reshape(-1)
+        share = share / share.sum().clamp_min(1e-6)
+        targets = ids[:, 1:][:, keep].reshape(-1)
+        flat = (one.reshape(-1, one.shape[-1]) for one in (ours, wanted))
+        return distil_loss(*flat, targets, kl=plan.distil_kl * share, following=plan.distil_next * share)
+
+    return loss
+
+
+class Teacher:
+    """The teacher's logits for a batch: run on the spot, or read from a cache of its k best per prediction."""
+
+    def __init__(self, model: nn.Module, precision: str, folder: Path | None = None, top: int = 0) -> None:
+        self.model, self.precision, self.folder, self.top = model.eval().requires_grad_(False), precision, folder, top
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, keep: Tensor) -> Tensor:
+        """Return [B, N, vocabulary] logits of the predictions `keep`."""
+        if self.folder is None or not self.top:
+            return self._run(batch["ids"], keep)
+        path = self.folder / f"{_name(batch['ids'])}.safetensors"
+        if not path.exists():
+            full = self._run(batch["ids"], torch.arange(batch["ids"].shape[1] - 1, device=batch["ids"].device))
+            logs = full.float().log_softmax(-1)
+            best = logs.topk(min(self.top, logs.shape[-1]), dim=-1)
+            held = {"values": best.values.half(), "indices": best.indices.int()}
+            io.save_tensors({name: one.cpu().contiguous() for name, one in held.items()}, path)
+        found = io.open_weights(path)
+        values, indices = found.load("values").float(), found.load("indices").long()
+        return _spread(values[:, keep.cpu()], indices[:, keep.cpu()], self.vocabulary).to(batch["ids"].device)
+
+    @property
+    def vocabulary(self) -> int:
+        """Size of the teacher's vocabulary."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def nbytes(self) -> int:
+        """Return the bytes of the cache on disk."""
+        if self.folder is None or not self.folder.exists():
+            return 0
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    def _run(self, ids: Tensor, keep: Tensor) -> Tensor:
+        with autocast(self.precision, ids.device):
+            return self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+
+
+def _spread(values: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
+    """Put the k best log probabilities back in place; the rest share what is left evenly."""
+    left = (1 - values.exp().sum(-1, keepdim=True)).clamp_min(1e-6) / max(1, vocabulary - values.shape[-1])
+    full = left.log().expand(*values.shape[:-1], vocabulary).clone()
+    return full.scatter_(-1, indices, values)
+
+
+def _name(ids: Tensor) -> str:
+    import hashlib
+
+    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:24]
+
+
+def learners(student: nn.Module, plan: Plan, targets: Sequence[str]) -> nn.Module:
+    """Freeze the student, free what the plan lets learn, and wrap it for LoRA when asked.
+
+    Args:
+        targets: names of the projections that LoRA joins.
+
+    Returns:
+        The module to train: the student itself, or peft's wrapper around it.
+    """
+    student.requires_grad_(plan.distil == "full")
+    model: nn.Module = student
+    if plan.distil == "lora":
+        peft = require("peft", extra="lora")
+        config = peft.LoraConfig(
+            r=plan.lora_rank, lora_alpha=2 * plan.lora_rank, target_modules=list(targets), bias="none"
+        )
+        with seeded(plan.seed):
+            model = peft.get_peft_model(student, config)
+    for name, parameter in model.named_parameters():
+        if ".mixer." in name and "lora_" not in name:
+            parameter.requires_grad_(True)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(f"distil {plan.distil!r}: nothing can learn, the mixer {plan.mixer} has no parameters")
+    return model
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """Fold LoRA into the weights and return the plain student; a student without LoRA comes back as it is."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def fit_config(plan: Plan, steps: int, precision: str) -> FitConfig:
+    """Return the training set-up of distillation."""
+    return FitConfig(
+        steps=steps,
+        lr={"*.mixer.*": plan.distil_mixer_lr, "*": plan.distil_lr},
+        schedule="cosine",
+        warmup=min(10, steps // 10),
+        clip=1.0,
+        precision=precision,
+        seed=plan.seed,
+        checkpoint_every=plan.checkpoint_every,
+    )
+
+
+def distil(
+    model: nn.Module,
+    teacher: Teacher,
+    plan: Plan,
+    draw: Batches,
+    steps: int,
+    folder: Path,
+    *,
+    precision: str,
+    on_step: Callable[..., Any] | None = None,
+) -> None:
+    """Train `model` (from `learners`) in place for `steps`, going on from a checkpoint in `folder`."""
+    model.train()
+    fit(model, draw, make_loss(teacher, plan), fit_config(plan, steps, precision), out=folder, on_step=on_step)
+    model.eval()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Take LoRA off again without merging it."""
+    return model.unload() if hasattr(model, "unload") else model

@@ -1,0 +1,248 @@
+"""Measure a student beside its teacher, and beside the baselines that it must beat."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lineament._base.errors import InputError
+from lineament.convert.parts import converted
+from lineament.convert.thresholds import CACHE_CONTEXT, Bar, verdict
+from lineament.data import windows
+from lineament.graph import swapped
+from lineament.nn import build
+from lineament.report import Evidence
+from lineament.tasks import (
+    agreement,
+    bootstrap_ratio,
+    cache_bytes,
+    context_gain,
+    decode_speed,
+    make_prompts,
+    perplexity,
+    prefill_speed,
+    score,
+)
+
+Row = dict[str, Any]
+KINDS = ("digits", "words", "two-needles", "key-value")
+RETRIEVAL_LENGTHS = (512, 1024, 4096)
+
+
+@contextmanager
+def state_off(student: nn.Module) -> Iterator[nn.Module | None]:
+    """Give the student with its linear state switched off: the same weights, window, sinks and softmax heads.
+
+    Yields None when the student has nothing exact to fall back on (no window and no sinks).
+    """
+    found = converted(student)
+    if not found or not all(mixer.config.window or mixer.config.sinks for mixer in found.values()):
+        yield None
+        return
+    silent = {
+        name: build(replace(mixer.config, kind="softmax-window", options={})) for name, mixer in found.items()
+    }
+    with swapped(student, silent):
+        yield student
+
+
+def evaluate(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokenizer: Any,
+    *,
+    texts: Mapping[str, Sequence[str]],
+    lengths: Sequence[int] = (512, 2048, 8192),
+    tokens: int = 32768,
+    prompts: int = 40,
+    retrieval_lengths: Sequence[int] = RETRIEVAL_LENGTHS,
+    untrained: nn.Module | None = None,
+    bar: Bar | None = None,
+    speed: bool = False,
+    seed: int = 0,
+    on_row: Callable[[Row], None] | None = None,
+) -> Evidence:
+    """Compare a student with its teacher on the same text and prompts, in float32.
+
+    Args:
+        texts: {name: test documents}, never trained on.
+        lengths: contexts of the perplexity; each document gives windows of that many tokens.
+        tokens: about how many tokens per text and length. prompts: retrieval prompts per length; 0 = none.
+        untrained: window + sinks with the same softmax heads and the teacher's weights, the second baseline.
+        bar: the goals; None reports without a verdict.
+        speed: time decode and prefill too.
+        on_row: called with each row as it is measured.
+
+    Returns:
+        Evidence whose rows have one measure each: student, teacher, ratio, interval, baselines, goal, verdict.
+    """
+    if not any(any(text.strip() for text in one) for one in texts.values()):
+        raise InputError("there is no test text; give --data with more text")
+    start, rows = time.perf_counter(), []
+    measure = _Measure(student.eval(), teacher.eval(), tokenizer, untrained, bar, seed)
+    filler = [text for one in texts.values() for text in one]
+    with torch.no_grad():
+        for row in _all_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, filler, speed):
+            rows.append(row)
+            if on_row:
+                on_row(row)
+    verdicts = [row["verdict"] for row in rows if row.get("verdict")]
+    return Evidence(
+        name="conversion",
+        rows=rows,
+        claim="the student keeps its teacher's quality, beats itself with the linear state off, at a fraction of the cache",
+        threshold=f"goals for {bar.name}: {_say(bar)}" if bar else "none set",
+        passed=all(one == "pass" for one in verdicts) if verdicts else None,
+        seeds=[seed],
+        seconds=time.perf_counter() - start,
+        notes=_notes(rows),
+    )
+
+
+def _all_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, filler, speed) -> Iterator[Row]:
+    yield from measure.perplexities(texts, lengths, tokens)
+    if prompts:
+        for length in retrieval_lengths:
+            yield from measure.retrieval(length, prompts, filler)
+    yield from measure.agreements(texts, tokens)
+    yield from measure.gains(texts, tokens)
+    yield from measure.bytes_and_speed(speed)
+
+
+class _Measure:
+    """One comparison: the models and how each measure is taken of all of them."""
+
+    def __init__(self, student, teacher, tokenizer, untrained, bar: Bar | None, seed: int) -> None:
+        self.student, self.teacher, self.tokenizer = student, teacher, tokenizer
+        self.untrained, self.bar, self.seed = untrained, bar, seed
+
+    def _others(self) -> Iterator[tuple[str, Any]]:
+        """Yield the baselines: (name, context manager giving a model or None)."""
+        yield "state_off", state_off(self.student)
+        yield "untrained", nullcontext(self.untrained)
+
+    def perplexities(self, texts, lengths, tokens) -> Iterator[Row]:
+        for name, documents in texts.items():
+            for length in lengths:
+                ids = windows(documents, self.tokenizer, length, max_tokens=max(tokens, length))
+                if not len(ids):
+                    yield {"measure": f"perplexity {name} {length}", "note": "no document is long enough"}
+                    continue
+                ours, theirs = perplexity(self.student, ids), perplexity(self.teacher, ids)
+                ratio, low, high = bootstrap_ratio(ours, theirs, seed=self.seed)
+                goal = self.bar.perplexity.get(length) if self.bar else None
+                row = {
+                    "measure": f"perplexity {name} {length}", "student": ours.value, "teacher": theirs.value,
+                    "ratio": ratio, "low": low, "high": high,
+                }  # fmt: skip
+                for other, context in self._others():
+                    with context as model:
+                        row[other] = None if model is None else perplexity(model, ids).value
+                yield row | {"goal": goal, "verdict": verdict(ratio, goal), "tokens": ours.tokens}
+
+    def retrieval(self, length: int, count: int, filler: Sequence[str]) -> Iterator[Row]:
+        """Yield one row per kind and one over all kinds for a length."""
+        totals: dict[str, list[float]] = {}
+        share = max(1, -(-count // len(KINDS)))
+        limit = getattr(self.teacher.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            return
+        for kind in KINDS:
+            some = make_prompts(
+                self.tokenizer, kind, length, share, templates="test", filler=filler, seed=self.seed + 1
+            )
+            row: Row = {"measure": f"retrieval {kind} {length}"}
+            for name, context in (
+                ("student", nullcontext(self.student)), ("teacher", nullcontext(self.teacher)), *self._others(),
+            ):  # fmt: skip
+                with context as model:
+                    row[name] = None if model is None else 100 * score(model, some).token_accuracy
+                if row[name] is not None:
+                    totals.setdefault(name, []).append(row[name])
+            yield row | {"prompts": share}
+        yield self._retrieval_total(length, totals, share)
+
+    def _retrieval_total(self, length: int, totals: dict[str, list[float]], share: int) -> Row:
+        mean = {name: sum(some) / len(some) for name, some in totals.items()}
+        lost = mean["teacher"] - mean["student"]
+        row: Row = {"measure": f"retrieval {length}", **mean, "lost": lost, "prompts": share * len(KINDS)}
+        if self.bar is None:
+            return row
+        if self.bar.above_off is not None and "state_off" in mean:
+            gained = mean["student"] - mean["state_off"]
+            return row | {"goal": self.bar.above_off, "verdict": verdict(gained, self.bar.above_off, at_most=False)}
+        goal = self.bar.points.get(length)
+        return row | {"goal": goal, "verdict": verdict(lost, goal)}
+
+    def agreements(self, texts, tokens) -> Iterator[Row]:
+        for name, documents in texts.items():
+            ids = windows(documents, self.tokenizer, 1024, max_tokens=max(1024, tokens // 4))
+            if len(ids):
+                found = agreement(self.student, self.teacher, ids)
+                yield {"measure": f"KL to teacher {name} 1024", "student": found.kl, "teacher": 0.0}
+                yield {"measure": f"same next token {name} 1024", "student": found.top1, "teacher": 1.0}
+
+    def gains(self, texts, tokens) -> Iterator[Row]:
+        for name, documents in texts.items():
+            ids = windows(documents, self.tokenizer, 2048, max_tokens=max(2048, tokens // 2))
+            if not len(ids):
+                continue
+            ours, theirs = context_gain(self.student, ids), context_gain(self.teacher, ids)
+            goal = self.bar.gain if self.bar else None
+            share = ours / theirs if theirs > 0 else float("nan")
+            yield {
+                "measure": f"gain from context {name}", "student": ours, "teacher": theirs, "ratio": share,
+                "goal": goal, "verdict": verdict(share, goal, at_most=False) if theirs > 0 else "",
+            }  # fmt: skip
+
+    def bytes_and_speed(self, speed: bool) -> Iterator[Row]:
+        ours, theirs = (cache_bytes(model, CACHE_CONTEXT) for model in (self.student, self.teacher))
+        goal = self.bar.cache if self.bar else None
+        yield {
+            "measure": f"cache bytes {CACHE_CONTEXT}", "student": ours, "teacher": theirs, "ratio": ours / theirs,
+            "goal": goal, "verdict": verdict(ours / theirs, goal),
+        }  # fmt: skip
+        if not speed:
+            return
+        for context in (128, 8192):
+            pair = [decode_speed(model, context, 16) for model in (self.student, self.teacher)]
+            yield _speed_row(f"decode tokens/s {context}", pair)
+        for length in (2048, 8192):
+            pair = [prefill_speed(model, length) for model in (self.student, self.teacher)]
+            yield _speed_row(f"prefill tokens/s {length}", pair)
+
+
+def _speed_row(name: str, pair: Sequence[float]) -> Row:
+    return {"measure": name, "student": pair[0], "teacher": pair[1], "ratio": pair[0] / pair[1]}
+
+
+def _say(bar: Bar) -> str:
+    parts = [f"cache at {CACHE_CONTEXT} <= {bar.cache}x"]
+    parts += [f"perplexity at {n} <= {x}x" for n, x in bar.perplexity.items()]
+    parts += [f"retrieval at {n} within {x} points" for n, x in bar.points.items()]
+    if bar.above_off is not None:
+        parts.append(f"retrieval >= {bar.above_off} points above the state switched off")
+    return "; ".join([*parts, f"gain from context >= {bar.gain} of the teacher's"])
+
+
+def _notes(rows: Sequence[Row]) -> str:
+    """Say whether the linear part earns its keep."""
+    said = []
+    pairs = [r for r in rows if r.get("state_off") is not None and r.get("student") is not None]
+    texts = [r for r in pairs if r["measure"].startswith("perplexity")]
+    found = [r for r in pairs if r["measure"].startswith("retrieval") and "lost" in r]
+    if texts:
+        better = sum(r["student"] < r["state_off"] for r in texts)
+        said.append(f"perplexity is better than with the linear state off in {better} of {len(texts)} rows")
+    if found:
+        better = sum(r["student"] > r["state_off"] for r in found)
+        said.append(f"retrieval is better than with the linear state off at {better} of {len(found)} lengths")
+    if pairs and not any(
+        (r["student"] < r["state_off"]) if r in texts else (r["student"] > r["state_off"]) for r in texts + found
+    ):
+        said.append("the linear part does nothing here")
+    return "; ".join(said)

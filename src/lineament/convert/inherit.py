@@ -1,0 +1,62 @@
+"""Build a student from a teacher: keep its projections, put mixers in, and start each where it changes least."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineament.convert.plan import Plan
+from lineament.convert.transfer import LayerPool
+from lineament.nn import MixerConfig, quiet_log_scale
+
+WINDOWED = ("hedgehog-window", "lolcats", "softmax-window")
+
+
+def mixer_configs(plan: Plan, shapes: Mapping[int, Mapping[str, int]], full: Mapping[int, Sequence[int]]):
+    """Return {layer: MixerConfig} of every layer that is not wholly kept.
+
+    Args:
+        shapes: {layer: heads, key_heads, key_width, value_width, model_width} of the layers that may be replaced.
+        full: {layer: key-value heads that stay softmax}.
+    """
+    layers = max(shapes, default=-1) + 1
+    found = {}
+    for layer, shape in shapes.items():
+        kept = tuple(full.get(layer, ()))
+        if len(kept) == shape["key_heads"]:
+            continue
+        options = dict(plan.options)
+        if plan.mixer == "lightning":
+            options = {"layer": layer, "layers": layers, **options}
+        found[layer] = MixerConfig(
+            kind=plan.mixer, window=plan.window, sinks=plan.sinks, full_heads=kept, options=options, **shape
+        )
+    return found
+
+
+@torch.no_grad()
+def calibrate(mixer: nn.Module, pool: LayerPool, *, window: int, sinks: int, share: float = 1e-3) -> dict[str, Any]:
+    """Set a fresh mixer's gates and scales from the teacher's queries and keys.
+
+    `hedgehog-window`: the far part's log scale, so that its share stays below `share` everywhere on the pool and
+    the swap alone equals window + sinks. Delta rules with a key length on the query side: the mean length.
+
+    Returns:
+        What was set, for the log.
+    """
+    said: dict[str, Any] = {}
+    scale = getattr(mixer, "log_scale", None)
+    if isinstance(scale, Tensor):
+        per_window = [
+            quiet_log_scale(q.float(), k.float(), window=window, sinks=sinks, share=share)
+            for q, k in zip(pool.q, pool.k, strict=True)
+        ]
+        scale.copy_(torch.stack(per_window).amin(0))
+        said["log_scale"] = [round(float(x), 4) for x in scale]
+    length = getattr(mixer, "key_length", None)
+    if isinstance(length, Tensor):
+        sizes = torch.stack([k.float().norm(dim=-1).mean((0, 1)) for k in pool.k])
+        length.copy_(sizes.mean(0))
+        said["key_length"] = [round(float(x), 4) for x in length]
+    return said

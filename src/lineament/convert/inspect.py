@@ -1,0 +1,199 @@
+"""What a conversion would do to a model, from its config and headers alone: no weights are loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lineament.convert.plan import Plan, parse_keep
+
+STATE_BYTES = 4  # states are float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """The shape of a causal language model.
+
+    Args:
+        name: as the user gave it. kind: transformers' model_type.
+        layers, heads, key_heads, head_width, width, vocabulary: the usual counts.
+        parameters: in all; 0 when unknown. positions: longest context; 0 when unknown.
+        kept_layers: layers that a conversion never touches (sliding windows, ...).
+        weight_bytes: per number in the weights' files.
+    """
+
+    name: str
+    kind: str
+    layers: int
+    heads: int
+    key_heads: int
+    head_width: int
+    width: int
+    vocabulary: int
+    parameters: int = 0
+    positions: int = 0
+    kept_layers: tuple[int, ...] = ()
+    weight_bytes: int = 4
+
+
+def info_from_config(config: Any, *, name: str, parameters: int = 0, weight_bytes: int = 4) -> ModelInfo:
+    """Read a `ModelInfo` off a transformers config (its text part when it has several)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = int(text.num_attention_heads)
+    kinds = list(getattr(text, "layer_types", None) or [])
+    return ModelInfo(
+        name=name,
+        kind=config.model_type,
+        layers=int(text.num_hidden_layers),
+        heads=heads,
+        key_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_width=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        width=int(text.hidden_size),
+        vocabulary=int(text.vocab_size),
+        parameters=parameters,
+        positions=int(getattr(text, "max_position_embeddings", 0) or 0),
+        kept_layers=tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention"),
+        weight_bytes=weight_bytes,
+    )
+
+
+def softmax_bytes(info: ModelInfo, context: int, *, number: int = 4) -> int:
+    """Return the bytes of keys and values of one key-value head at a context."""
+    return context * 2 * info.head_width * number
+
+
+def state_bytes(info: ModelInfo, plan: Plan, *, number: int = 4) -> int:
+    """Return the bytes of the constant-size state of one converted key-value head."""
+    K = info.head_width
+    features = {"hedgehog-window": 2 * K, "hedgehog": 2 * K, "lolcats": 2 * K, "softmax-window": 0, "performer": 2 * K,
+                "cosformer": 2 * K, "taylor": 1 + K + K * K}.get(plan.mixer, K)  # fmt: skip
+    if "features" in plan.options and plan.options["features"]:
+        features = 2 * int(plan.options["features"])
+    normalised = plan.mixer not in ("lightning", "gated-deltanet", "kda")
+    state = features * (K + normalised) * STATE_BYTES
+    if plan.mixer not in ("hedgehog-window", "lolcats", "softmax-window"):
+        return state
+    exact = max(plan.window - 1, 0) * (2 * K + features) + plan.sinks * 2 * K
+    return state + exact * number
+
+
+def kept_count(info: ModelInfo, plan: Plan) -> int:
+    """Return how many key-value heads a plan's rule keeps, of those that may be converted (no table needed)."""
+    rule, numbers = parse_keep(plan.keep)
+    free = [i for i in range(info.layers) if i not in info.kept_layers]
+    total = len(free) * info.key_heads
+    if rule == "auto-heads":
+        return int(numbers[0] * total + 1e-9)
+    if rule == "auto":
+        return min(int(numbers[0]), len(free)) * info.key_heads
+    if rule == "every":
+        return sum(i % int(numbers[0]) == int(numbers[0]) - 1 for i in free) * info.key_heads
+    return sum(i in numbers for i in free) * info.key_heads if rule == "layers" else 0
+
+
+def memory_plan(info: ModelInfo, plan: Plan) -> dict[str, int]:
+    """Estimate the bytes each stage needs at its peak.
+
+    Transfer holds the teacher, one pool of hidden states and one layer's queries, keys, values and outputs;
+    distillation the teacher, the student with gradients and optimiser states of what learns, and two sets of logits.
+    """
+    weights = info.parameters * 4
+    longest = max(plan.transfer_lengths)
+    per_token = info.width * 3 + info.head_width * (2 * info.heads + 2 * info.key_heads)
+    pool = plan.transfer_pool * longest * per_token * 4
+    step = plan.transfer_tokens * info.heads * (plan.window + 4 * info.head_width) * 4 * 4
+    learning = info.parameters if plan.distil == "full" else info.parameters // 20
+    rows = max(plan.distil_tokens, *plan.distil_lengths)
+    activations = rows * info.layers * info.width * 40 * 2
+    logits = 3 * rows * info.vocabulary * 4
+    return {
+        "teacher": weights,
+        "transfer": weights * 2 + pool + step,
+        "distil": 2 * weights + 12 * learning + activations + logits if plan.distil != "none" else 0,
+        "evaluate": 2 * weights + 2 * max(plan.evaluate_lengths) * info.vocabulary * 4,
+    }
+
+
+def disk_bytes(info: ModelInfo, plan: Plan) -> int:
+    """Estimate the bytes that a conversion writes: the student, checkpoints, and the cache of the teacher's logits."""
+    weights = info.parameters * 4
+    steps = plan.distil_steps + plan.extend_steps
+    cached = plan.teacher_topk * 6 * plan.distil_tokens * steps if plan.teacher_topk else 0
+    checkpoints = weights * 3 if plan.distil == "full" else weights
+    return weights + checkpoints + cached
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What `inspect` found: the model, and what a plan would make of it."""
+
+    info: ModelInfo
+    plan: Plan
+    full: dict[int, tuple[int, ...]] | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    caches: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    disk: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        from dataclasses import asdict
+
+        heads = None if self.full is None else {str(k): list(v) for k, v in self.full.items()}
+        return {
+            "model": asdict(self.info), "plan": self.plan.to_json(), "full_heads": heads, "layers": self.rows,
+            "cache": self.caches, "memory_bytes": self.memory, "disk_bytes": self.disk,
+        }  # fmt: skip
+
+    def tables(self) -> list[Any]:
+        """Return rich tables: layers, cache bytes against context, memory."""
+        from rich.table import Table
+
+        from lineament.io import human_bytes
+
+        info = self.info
+        shown = Table("layer", "now", f"with plan {self.plan.name}", title=f"{info.name}: {info.kind}, {info.parameters:,} parameters")
+        for row in self.rows:
+            shown.add_row(str(row["layer"]), row["now"], row["then"])
+        caches = Table("context", "teacher", "student", "ratio", title="cache of one sequence, float32")
+        for row in self.caches:
+            sizes = human_bytes(row["teacher"]), human_bytes(row["student"])
+            caches.add_row(f"{row['context']:,}", *sizes, f"{row['ratio']:.3f}")
+        memory = Table("stage", "memory at the peak", title=f"memory plan; disk {human_bytes(self.disk)}")
+        for stage, size in self.memory.items():
+            memory.add_row(stage, human_bytes(size))
+        return [shown, caches, memory]
+
+
+def inspection(
+    info: ModelInfo, plan: Plan, full: dict[int, tuple[int, ...]] | None, contexts: Sequence[int]
+) -> Inspection:
+    """Work out layers, cache bytes and memory of a plan on a model.
+
+    Args:
+        full: {layer: key-value heads that stay softmax}; None when only a measurement can tell which.
+    """
+    total = info.layers * info.key_heads
+    kept = kept_count(info, plan) + len(info.kept_layers) * info.key_heads
+    caches = []
+    for context in contexts:
+        whole = softmax_bytes(info, context)
+        ours = kept * whole + (total - kept) * state_bytes(info, plan)
+        caches.append({"context": context, "teacher": total * whole, "student": ours, "ratio": ours / (total * whole)})
+    rows = [_layer_row(info, plan, full, layer) for layer in range(info.layers)]
+    return Inspection(
+        info=info, plan=plan, full=full, rows=rows, caches=caches, memory=memory_plan(info, plan),
+        disk=disk_bytes(info, plan),
+    )  # fmt: skip
+
+
+def _layer_row(info: ModelInfo, plan: Plan, full: dict[int, tuple[int, ...]] | None, layer: int) -> dict[str, Any]:
+    now = f"softmax, {info.heads} query and {info.key_heads} key-value heads of {info.head_width}"
+    if layer in info.kept_layers:
+        return {"layer": layer, "now": "sliding window", "then": "kept as it is"}
+    if full is None:
+        return {"layer": layer, "now": now, "then": f"{plan.mixer}; softmax heads chosen by measured damage"}
+    kept = full.get(layer, ())
+    if len(kept) == info.key_heads:
+        return {"layer": layer, "now": now, "then": "softmax"}
+    softmax = f"; key-value heads {', '.join(map(str, kept))} softmax" if kept else ""
+    return {"layer": layer, "now": now, "then": f"{plan.mixer}{softmax}"}

@@ -1,0 +1,60 @@
+"""Progress of a conversion on stderr: the stage, its loss, how long it will take."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+
+
+class Progress:
+    """Announces stages; the bars of training are `train.fit`'s own, the other stages draw theirs here."""
+
+    def __init__(self) -> None:
+        self.console = Console(file=sys.stderr)
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def stage(self, name: str, about: str = "") -> None:
+        """Say which stage begins."""
+        self._close()
+        self.console.print(f"[bold]{name}[/bold] {about}", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Say one line."""
+        (self._bar.console if self._bar else self.console).print(f"  {text}", highlight=False)
+
+    def count(self, done: int, total: int) -> None:
+        """Move the bar of a stage that counts."""
+        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        if self._bar is None:
+            self._bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total)
+        self._bar.update(self._task, completed=done)
+        if done >= total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return time.perf_counter() - self.start

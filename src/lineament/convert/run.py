@@ -1,0 +1,102 @@
+"""The door: a teacher, a plan and a folder in; a student with its evidence out. Can be killed and gone on with."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+
+from lineament import io
+from lineament._base.errors import InputError
+from lineament.convert import stages
+from lineament.convert.check import require_fit
+from lineament.convert.parts import load, look
+from lineament.convert.plan import Plan
+from lineament.convert.plans import plan as plan_named
+from lineament.convert.progress import Progress
+from lineament.convert.stages import Job
+from lineament.convert.text import load_documents
+from lineament.report import Evidence
+
+SCRATCH = "work"
+
+
+def run(
+    model: str | Path | tuple[Any, Any],
+    plan: Plan | str = "default",
+    out: str | Path = "student",
+    *,
+    budget: str | float | None = None,
+    resume: bool = True,
+) -> Evidence:
+    """Convert a pretrained softmax transformer to a linear-time student.
+
+    Stages: damage (what stays softmax) -> inherit -> transfer -> distil -> extend -> evaluate -> save. Work happens
+    in `OUT.partial`; `OUT` appears complete or not at all, and the same call goes on after a kill, ending with
+    bit-identical weights on the same machine.
+
+    Args:
+        model: a folder, a Hub name, a GGUF file, "smollm2", or (model, tokenizer) already loaded.
+        plan: a `Plan`, a name of `PLANS` or a JSON file.
+        out: folder for the student; must not exist.
+        budget: training time such as "15min"; replaces the plan's own and its step counts.
+        resume: go on from `OUT.partial` when it is there; False refuses it.
+
+    Returns:
+        What was measured, also saved as evidence.json.
+
+    Raises:
+        InputError: the model, the plan, the text or the folder won't do; nothing was made.
+        KeyboardInterrupt: the step in progress was finished and saved; the same call goes on.
+    """
+    plan = plan_named(plan)
+    if budget is not None:
+        plan = plan.change({"budget": str(budget)})
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"{out} exists already; choose another folder or remove it")
+    info = look(model)
+    require_fit(plan, info, out)
+    documents = load_documents(plan.data)
+    teacher, tokenizer = load(model)
+    job = Job(plan=plan, info=info, teacher=teacher, tokenizer=tokenizer, documents=documents, name=info.name)
+    job.require_text()
+    with stages.shared_folder(out, resume=resume, scratch=SCRATCH) as partial:
+        _same_plan(partial / SCRATCH / "asked.json", plan, info.name)
+        with Progress() as progress:
+            return convert_in(job, partial, partial / SCRATCH, progress)
+
+
+def convert_in(job: Job, partial: Path, work: Path, progress: Progress) -> Evidence:
+    """Run all stages of a job in its folders; each leaves a file that a later call starts from."""
+    table = stages.damage(job, work, progress)
+    full = stages.kept(job, table)
+    student = stages.inherit(job, full, work, progress)
+    job = replace(job, plan=stages.resolved(job, student, work, progress))
+    stages.transfer_all(job, student, work, progress)
+    student = stages.distil_all(job, student, work, progress)
+    evidence = stages.evaluation(job, student, full, work, progress)
+    stages.save(job, student, full, table, evidence, partial, progress)
+    return evidence
+
+
+def _same_plan(path: Path, plan: Plan, model: str) -> None:
+    """Refuse to go on with the partial work of another plan or model."""
+    asked = {"plan": plan.to_json(), "model": model}
+    if stages.is_main() and not path.exists():
+        io.write_json(path, asked)
+    stages.wait_for_all()
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != asked:
+        changed = [k for k in asked["plan"] if asked["plan"][k] != before["plan"].get(k)]
+        what = f"plan fields {', '.join(changed)}" if changed else f"model {before['model']}"
+        raise InputError(f"{path.parent.parent} was begun with other {what}; remove it or give another folder")
+
+
+def clear_partial(out: str | Path) -> None:
+    """Remove what an unfinished run left for `out`."""
+    shutil.rmtree(io.partial_path(out), ignore_errors=True)
+
+
+__all__ = ["clear_partial", "convert_in", "run"]

@@ -1,0 +1,206 @@
+"""What stays softmax: measured damage per layer and key-value head, and the rules that choose by it.
+
+Damage is what a model loses when one head (or one layer) sees only its window and sinks while all else stays whole:
+the rise of the loss on text, the KL to the whole model, and the rise of the loss on answers that lie far back.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lineament import io
+from lineament._base.errors import InputError
+from lineament.convert.plan import Plan, parse_keep
+
+SHIPPED = ("smollm2.json",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DamageTable:
+    """Damage per layer and key-value head, in nats per token.
+
+    Args:
+        teacher: digest of the model it belongs to (`teacher_digest`).
+        window, sinks: what a limited head still sees.
+        perplexity: [L][Hk] rise of the next-token loss on calibration text, beyond the window.
+        kl: [L][Hk] KL from the whole model to the limited one at the same positions.
+        retrieval: [L][Hk] rise of the loss on the answers of retrieval prompts.
+        about: how it was made: text, tokens, prompts, seed, command.
+    """
+
+    teacher: str
+    window: int
+    sinks: int
+    perplexity: list[list[float]]
+    kl: list[list[float]]
+    retrieval: list[list[float]]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "DamageTable":
+        """Read a table back; raises InputError when fields are missing."""
+        names = {one.name for one in fields(cls)}
+        if missing := names - {"about"} - set(values):
+            raise InputError(f"a damage table lacks {', '.join(sorted(missing))}; make it again with convert")
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON, atomically."""
+        io.write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> "DamageTable":
+        """Read a table saved by `save`."""
+        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def scores(self) -> list[list[float]]:
+        """Combine text and retrieval into one score per head, [L][Hk].
+
+        Each kind of damage is divided by its own sum over all heads, so that both choose with equal voice. Text
+        is scored by the KL, which is smoother than the loss on the same few tokens; retrieval damage below the
+        noise of a heads's own sign (negative values) counts as none.
+        """
+        text, found = _share(self.kl), _share(self.retrieval)
+        return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(text, found, strict=True)]
+
+    def figure(self) -> bytes:
+        """Draw the combined scores as a heat map (PNG)."""
+        from lineament.report import heatmap
+
+        return heatmap(
+            [list(row) for row in zip(*self.scores(), strict=True)],
+            title="damage when one head is limited to window + sinks",
+            xlabel="layer",
+            ylabel="key-value head",
+        )
+
+
+def _share(table: list[list[float]]) -> list[list[float]]:
+    total = sum(max(x, 0.0) for row in table for x in row) or 1.0
+    return [[max(x, 0.0) / total for x in row] for row in table]
+
+
+Heads = dict[int, tuple[int, ...]]
+
+
+def kept_heads(plan: Plan, layers: int, key_heads: int, table: DamageTable | None = None) -> Heads:
+    """Apply a plan's keep rule.
+
+    Args:
+        layers: L. key_heads: key-value heads per layer. table: needed by the auto rules.
+
+    Returns:
+        {layer: key-value heads that stay softmax}, only layers that keep some.
+
+    Raises:
+        InputError: a layer outside the model, or more than there is.
+
+    Example:
+        >>> kept_heads(Plan(keep="every:4"), 8, 2)
+        {3: (0, 1), 7: (0, 1)}
+    """
+    rule, numbers = parse_keep(plan.keep)
+    whole = tuple(range(key_heads))
+    if rule == "none":
+        return {}
+    if rule == "every":
+        return dict.fromkeys(range(int(numbers[0]) - 1, layers, int(numbers[0])), whole)
+    if rule == "layers":
+        chosen = [int(n) for n in numbers]
+        if outside := [n for n in chosen if n >= layers]:
+            raise InputError(f"keep {plan.keep!r} names layer {outside[0]}; the model has layers 0 to {layers - 1}")
+        return dict.fromkeys(chosen, whole)
+    if rule == "auto" and numbers[0] > layers:
+        raise InputError(f"keep {plan.keep!r} asks for {int(numbers[0])} layers; the model has {layers}")
+    if table is None:
+        raise InputError(f"keep {plan.keep!r} needs a damage table; measure one first")
+    scores = table.scores()
+    if rule == "auto":
+        order = sorted(range(layers), key=lambda i: (-sum(scores[i]), i))[: int(numbers[0])]
+        return dict.fromkeys(sorted(order), whole)
+    count = math.floor(numbers[0] * layers * key_heads + 1e-9)
+    ranked = sorted(((i, h) for i in range(layers) for h in range(key_heads)), key=lambda p: (-scores[p[0]][p[1]], p))
+    kept: dict[int, list[int]] = {}
+    for layer, head in sorted(ranked[:count]):
+        kept.setdefault(layer, []).append(head)
+    return {layer: tuple(heads) for layer, heads in kept.items()}
+
+
+def needs_table(plan: Plan) -> bool:
+    """Say whether a plan's keep rule asks for a damage table."""
+    return parse_keep(plan.keep)[0].startswith("auto")
+
+
+def shipped_table(digest: str, *, window: int, sinks: int) -> DamageTable | None:
+    """Return the packaged table made for exactly this teacher, window and sinks; None if there is none."""
+    for name in SHIPPED:
+        path = files("lineament.convert").joinpath("damage").joinpath(name)
+        if not path.is_file():
+            continue
+        table = DamageTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+        if table.teacher == digest and (table.window, table.sinks) == (window, sinks):
+            return table
+    return None
+
+
+def correlation(one: DamageTable, other: DamageTable) -> dict[str, float]:
+    """Compare two tables: Spearman's rank correlation per column, and the overlap of the worst quarter."""
+    from scipy.stats import spearmanr
+
+    def flat(rows: Iterable[Iterable[float]]) -> list[float]:
+        return [x for row in rows for x in row]
+
+    found = {}
+    for name in ("kl", "retrieval"):
+        found[name] = float(spearmanr(flat(getattr(one, name)), flat(getattr(other, name))).statistic)
+    a, b = flat(one.scores()), flat(other.scores())
+    count = max(1, len(a) // 4)
+    worst = [set(sorted(range(len(x)), key=lambda i: -x[i])[:count]) for x in (a, b)]  # noqa: B023
+    return found | {"worst_quarter_shared": len(worst[0] & worst[1]) / count}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows to score: token ids and which predictions count, given as (row, position of the predicted token).
+
+    Args:
+        kind: "text" or "retrieval". ids: [B, T]. rows, positions: [N] the scored tokens.
+    """
+
+    kind: str
+    ids: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+
+
+def text_sample(ids: torch.Tensor, *, first: int, every: int = 4) -> Sample:
+    """Score every `every`-th token of [B, T] ids from `first` on."""
+    first = min(first, ids.shape[1] // 2)
+    at = torch.arange(max(first, 1), ids.shape[1], every)
+    rows = torch.arange(ids.shape[0]).repeat_interleave(len(at))
+    return Sample("text", ids, rows, at.repeat(ids.shape[0]))
+
+
+def answer_samples(prompts: Sequence[tuple[torch.Tensor, int]], batch: int = 8) -> list[Sample]:
+    """Score the answers: prompts are (ids with the answer at the end, length of the answer), padded to the right."""
+    samples = []
+    for at in range(0, len(prompts), batch):
+        some = prompts[at : at + batch]
+        ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in some], batch_first=True)
+        pairs = [(r, p) for r, (one, n) in enumerate(some) for p in range(len(one) - n, len(one))]
+        rows, positions = (torch.tensor(x) for x in zip(*pairs, strict=True))
+        samples.append(Sample("retrieval", ids, rows, positions))
+    return samples
+
+
+Progress = Callable[[int, int], None]

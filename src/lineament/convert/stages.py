@@ -1,0 +1,415 @@
+"""The stages of a conversion. Each reads what the one before left, and leaves a file that a later run starts from."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from lineament import io
+from lineament._base.seeds import seeded
+from lineament.convert import distil as distillation
+from lineament.convert import measure, select
+from lineament.convert import transfer as transferring
+from lineament.convert.budget import Timing, lengths_in_turn, resolve_budget, seconds_per_step
+from lineament.convert.card import licence_of, model_card
+from lineament.convert.evaluate import evaluate
+from lineament.convert.inherit import calibrate, mixer_configs
+from lineament.convert.inspect import ModelInfo
+from lineament.convert.parts import Parts, converted, lora_targets, parts, student_of, teacher_digest
+from lineament.convert.plan import Plan
+from lineament.convert.precision import autocast, resolve
+from lineament.convert.progress import Progress
+from lineament.convert.prompts import training_prompts
+from lineament.convert.select import DamageTable, Heads
+from lineament.convert.text import Corpus, require_length, tokenised
+from lineament.convert.thresholds import bar_of
+from lineament.report import Evidence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One conversion: the plan and everything it works on.
+
+    Args:
+        documents: {"train", "calibration", "test": texts}. name: the teacher's name as the user gave it.
+    """
+
+    plan: Plan
+    info: ModelInfo
+    teacher: nn.Module
+    tokenizer: Any
+    documents: Mapping[str, Sequence[str]]
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is."""
+        return next(self.teacher.parameters()).device
+
+    @property
+    def precision(self) -> str:
+        """The plan's precision with "auto" decided."""
+        return resolve(self.plan.precision, self.device)
+
+    def corpus(self, split: str) -> Corpus:
+        """Return the tokenised documents of a split."""
+        return Corpus(tokenised(self.documents[split], self.tokenizer), seed=self.plan.seed)
+
+    def require_text(self) -> None:
+        """Check that the text is long enough for every batch of the plan."""
+        plan = self.plan
+        lengths = [*plan.transfer_lengths] * bool(plan.transfer_steps)
+        lengths += [*plan.distil_lengths] * (plan.distil != "none")
+        lengths += [*plan.extend_lengths] * bool(plan.extend_steps)
+        if lengths:
+            require_length(dict(self.documents), self.tokenizer, max(lengths))
+
+
+def is_main() -> bool:
+    """Say whether this process is the one that writes."""
+    return PartialState().is_main_process
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
+    PartialState().wait_for_everyone()
+
+
+@contextmanager
+def shared_folder(out: Path, *, resume: bool, scratch: str) -> Iterator[Path]:
+    """`io.building_folder` for the main process; the others wait until it stands, and again before it is renamed."""
+    if is_main():
+        with io.building_folder(out, resume=resume, scratch=scratch) as partial:
+            wait_for_all()
+            yield partial
+            wait_for_all()
+    else:
+        wait_for_all()
+        yield io.partial_path(out)
+        wait_for_all()
+
+
+def _once(path: Path, make: Callable[[], None]) -> None:
+    """Let the main process make a file that is not there yet; all go on when it is."""
+    if is_main() and not path.exists():
+        make()
+    wait_for_all()
+
+
+def damage(job: Job, work: Path, progress: Progress) -> DamageTable | None:
+    """Find the damage table that the keep rule needs: shipped, kept from an earlier run, or measured now."""
+    plan, path = job.plan, work / "damage.json"
+    if not select.needs_table(plan):
+        return None
+    digest = teacher_digest(job.teacher)
+
+    def make() -> None:
+        table = select.shipped_table(digest, window=plan.window, sinks=plan.sinks)
+        if table is None:
+            progress.stage("damage", f"what each key-value head is worth ({plan.damage})")
+            table = damage_table(job, digest, progress.count)
+        else:
+            progress.stage("damage", "table of this very model, shipped with the package")
+        table.save(path)
+
+    _once(path, make)
+    return DamageTable.load(path)
+
+
+def damage_table(job: Job, digest: str, on_progress: Callable[[int, int], None] | None = None) -> DamageTable:
+    """Measure (or estimate) damage on calibration text and "place" prompts."""
+    plan, found = job.plan, parts(job.teacher)
+    corpus = job.corpus("calibration")
+    longest = min(2048, job.info.positions or 2048, plan.damage_tokens, *_shortest(job))
+    first = min(plan.window + plan.sinks, longest // 2)
+    rows = max(1, plan.damage_tokens // longest)
+    samples = [select.text_sample(corpus.batch(step, longest, 1), first=first) for step in range(rows)]
+    if plan.damage_prompts:
+        length = min(512, job.info.positions or 512)
+        made = training_prompts(job.tokenizer, job.documents["calibration"], "place")(
+            length, plan.damage_prompts, plan.seed
+        )
+        samples += select.answer_samples(made)
+    method = measure.measure_damage if plan.damage == "measured" else measure.estimate_damage
+    on = [replace_device(sample, job.device) for sample in samples]
+    with autocast(job.precision, job.device):
+        return method(
+            job.teacher, found.layers, found.attentions, on, key_heads=job.info.key_heads, window=plan.window,
+            sinks=plan.sinks, teacher=digest, on_progress=on_progress,
+            about={"data": list(plan.data), "seed": plan.seed, "length": longest},
+        )  # fmt: skip
+
+
+def _shortest(job: Job) -> list[int]:
+    total = sum(len(one) for one in tokenised(job.documents["calibration"], job.tokenizer))
+    return [total] if total else []
+
+
+def replace_device(sample: select.Sample, device: torch.device) -> select.Sample:
+    """Move a sample to a device."""
+    return select.Sample(sample.kind, *(one.to(device) for one in (sample.ids, sample.rows, sample.positions)))
+
+
+def kept(job: Job, table: DamageTable | None) -> Heads:
+    """Apply the keep rule; layers that a conversion never touches are left out."""
+    found = select.kept_heads(job.plan, job.info.layers, job.info.key_heads, table)
+    return {layer: heads for layer, heads in found.items() if layer not in job.info.kept_layers}
+
+
+def inherit(job: Job, full: Heads, work: Path, progress: Progress) -> nn.Module:
+    """Build the student and set its gates from calibration text; the second time, read them back."""
+    progress.stage("inherit", f"{job.plan.mixer} in place of softmax")
+    found, plan, path = parts(job.teacher), job.plan, work / "inherit.safetensors"
+    with seeded(plan.seed):
+        student = student_of(job.teacher, mixer_configs(plan, found.shapes, full))
+    fillings = _fillings(student)
+
+    def make() -> None:
+        length = min(max(plan.transfer_lengths), plan.calibration_tokens, *_shortest(job))
+        rows = max(1, plan.calibration_tokens // length)
+        windows = [job.corpus("calibration").batch(step, length, 1) for step in range(rows)]
+        for layer, pool in _pools(job, found, windows, full, fillings):
+            if layer in fillings:
+                calibrate(fillings[layer], pool, window=plan.window, sinks=plan.sinks)
+        _save_fillings(fillings, path)
+
+    _once(path, make)
+    _load_fillings(fillings, path)
+    return student
+
+
+def _pools(job: Job, found: Parts, windows: Sequence[Tensor], full: Heads, fillings: Mapping[int, nn.Module]):
+    return transferring.pooled_layers(
+        job.teacher, found.layers, found.attentions, windows, full_heads=full, precision=job.precision,
+        last=max(fillings, default=-1),
+    )  # fmt: skip
+
+
+def _fillings(student: nn.Module) -> dict[int, nn.Module]:
+    """Return {layer: filling} of the student's converted layers."""
+    return {mixer.layer: mixer.filling for mixer in converted(student).values()}
+
+
+def _save_fillings(fillings: Mapping[int, nn.Module], path: Path) -> None:
+    tensors = {
+        f"{layer}.{name}": tensor.detach().cpu().contiguous()
+        for layer, filling in fillings.items()
+        for name, tensor in filling.state_dict().items()
+    }
+    io.save_tensors(tensors, path)
+
+
+def _load_fillings(fillings: Mapping[int, nn.Module], path: Path) -> None:
+    weights = io.open_weights(path)
+    for layer, filling in fillings.items():
+        names = [name for name in weights.names if name.startswith(f"{layer}.")]
+        filling.load_state_dict({name.partition(".")[2]: weights.load(name) for name in names})
+
+
+def resolved(job: Job, student: nn.Module, work: Path, progress: Progress) -> Plan:
+    """Turn the budget into step counts by a measured warm-up, written down before step 1."""
+    path = work / "plan.json"
+
+    def make() -> None:
+        plan, timing = job.plan, None
+        if plan.budget is not None:
+            progress.stage("warm-up", f"how much fits into {plan.budget}")
+            timing = _timing(job, student)
+            plan = resolve_budget(plan, timing)
+            progress.note(f"{plan.transfer_steps} transfer steps per layer, {plan.distil_steps} distillation steps")
+        io.write_json(path, {"plan": plan.to_json(), "timing": timing.to_json() if timing else None})
+
+    _once(path, make)
+    return Plan.from_json(json.loads(path.read_text(encoding="utf-8"))["plan"])
+
+
+def _timing(job: Job, student: nn.Module) -> Timing:
+    from lineament.convert.progress import Clock
+
+    plan, found = job.plan, parts(job.teacher)
+    fillings = {layer: one for layer, one in _fillings(student).items() if list(one.parameters())}
+    pool_seconds = transfer_step = distil_step = 0.0
+
+    def cast() -> Any:
+        return autocast(job.precision, job.device)
+
+    if plan.transfer_steps and fillings:
+        rows = max(1, plan.transfer_tokens // min(plan.transfer_lengths))
+        windows = pool_windows(job)
+        clock, first = Clock(), min(fillings)
+        pools = transferring.pooled_layers(
+            job.teacher, found.layers, found.attentions, windows[:rows], full_heads=_full(student),
+            precision=job.precision, last=first,
+        )  # fmt: skip
+        layer, pool = list(pools)[-1]
+        pool_seconds = clock.seconds() / (first + 1) / rows * len(windows) * (max(fillings) + 1)
+        one = seconds_per_step(
+            fillings[layer], transferring.transfer_loss(plan.transfer_loss), transferring.pool_batches(pool, plan),
+            context=cast, steps=lengths_in_turn(plan.transfer_lengths),
+        )  # fmt: skip
+        transfer_step = one * len(fillings)
+    if plan.distil != "none" and plan.distil_steps:
+        model = distillation.learners(student, plan, lora_targets(student, plan.lora_targets))
+        model.train()
+        teacher = distillation.Teacher(job.teacher, job.precision)
+        distil_step = seconds_per_step(
+            model, distillation.make_loss(teacher, plan), _draw(job, plan.distil_lengths), context=cast,
+            steps=lengths_in_turn(plan.distil_lengths),
+        )  # fmt: skip
+        distillation.unwrapped(model).eval()
+    return Timing(pool=pool_seconds, transfer_step=transfer_step, distil_step=distil_step)
+
+
+def _full(student: nn.Module) -> Heads:
+    return {mixer.layer: tuple(mixer.config.full_heads) for mixer in converted(student).values()}
+
+
+def pool_windows(job: Job) -> list[Tensor]:
+    """Return the windows of the transfer pool: training text, and a share of retrieval prompts."""
+    plan = job.plan
+    length = max(plan.transfer_lengths)
+    asked = round(plan.distil_retrieval * plan.transfer_pool)
+    windows = [job.corpus("train").batch(step, length, 1) for step in range(plan.transfer_pool - asked)]
+    if asked:
+        make = training_prompts(job.tokenizer, job.documents["train"], "train")
+        windows += [ids[None] for ids, _ in make(length, asked, plan.seed)]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(plan.seed)).tolist()
+    return [windows[one] for one in order]
+
+
+def _draw(job: Job, lengths: Sequence[int], offset: int = 0) -> distillation.Batches:
+    prompts = None
+    if job.plan.distil_retrieval:
+        prompts = distillation.Prompts(training_prompts(job.tokenizer, job.documents["train"], "train"))
+    return distillation.batches(job.plan, job.corpus("train"), prompts, lengths, offset=offset)
+
+
+def transfer_all(job: Job, student: nn.Module, work: Path, progress: Progress) -> None:
+    """Train the mixers layer by layer on the teacher's activations; afterwards the student holds them."""
+    plan, found = job.plan, parts(job.teacher)
+    fillings = {layer: one for layer, one in _fillings(student).items() if list(one.parameters())}
+    if not plan.transfer_steps or not fillings:
+        return
+    progress.stage("transfer", f"{len(fillings)} layers, {plan.transfer_steps} steps each, {plan.transfer_loss}")
+
+    def said(layer: int, numbers: dict[str, float]) -> None:
+        progress.note(f"layer {layer}: relative error {numbers['before']:.4f} -> {numbers['after']:.4f}")
+
+    transferring.transfer(
+        job.teacher, found.layers, found.attentions, fillings, pool_windows(job), plan, work / "transfer",
+        full_heads=_full(student), precision=job.precision, on_layer=said,
+    )  # fmt: skip
+
+
+def distil_all(job: Job, student: nn.Module, work: Path, progress: Progress) -> nn.Module:
+    """Distil end to end, then at greater lengths when the plan asks; LoRA is merged when both are done."""
+    plan, path = job.plan, work / "distilled.safetensors"
+    steps = [("distil", plan.distil_steps, plan.distil_lengths), ("extend", plan.extend_steps, plan.extend_lengths)]
+    if plan.distil == "none" or not plan.distil_steps + plan.extend_steps:
+        return student
+    if path.exists():
+        weights = io.open_weights(path)
+        student.load_state_dict({name: weights.load(name) for name in weights.names}, strict=False)
+        return student.eval().requires_grad_(False)
+    cache = work / "teacher" if plan.teacher_topk else None
+    model = distillation.learners(student, plan, lora_targets(student, plan.lora_targets))
+    teacher = distillation.Teacher(job.teacher, job.precision, cache, plan.teacher_topk)
+    offset = 0
+    for name, count, lengths in steps:
+        if count:
+            progress.stage(name, f"{count} steps at {'/'.join(map(str, lengths))} tokens, {plan.distil}, {job.precision}")
+            draw = _draw(job, lengths, offset)
+            distillation.distil(model, teacher, plan, draw, count, work / name, precision=job.precision)
+        offset += count
+    if cache is not None:
+        progress.note(f"cache of the teacher's logits: {io.human_bytes(teacher.nbytes())}")
+    student = distillation.merged(model).eval().requires_grad_(False)
+    _once(path, lambda: _save_distilled(student, path))
+    return student
+
+
+def _save_distilled(student: nn.Module, path: Path) -> None:
+    tensors = {name: one.detach().cpu().contiguous() for name, one in student.named_parameters()}
+    io.save_tensors(tensors, path)
+
+
+def evaluation(job: Job, student: nn.Module, full: Heads, work: Path, progress: Progress) -> Evidence:
+    """Measure the student beside its teacher and the baselines."""
+    plan, path = job.plan, work / "evidence.json"
+
+    def make() -> None:
+        progress.stage("evaluate", "beside the teacher, the state switched off, and window + sinks untrained")
+        if not plan.evaluate_tokens:
+            io.write_json(path, _unmeasured(plan).to_json())
+            return
+        untrained = None
+        if plan.window + plan.sinks and plan.mixer != "softmax-window":
+            bare = plan.change({"mixer": "softmax-window", "options": {}})
+            untrained = student_of(job.teacher, mixer_configs(bare, parts(job.teacher).shapes, full), share=True)
+        limit = job.info.positions or max(plan.evaluate_lengths)
+        evidence = evaluate(
+            student, job.teacher, job.tokenizer, texts=test_texts(job), untrained=untrained, bar=bar_of(plan),
+            lengths=[n for n in plan.evaluate_lengths if n <= limit], tokens=plan.evaluate_tokens,
+            prompts=plan.evaluate_prompts, seed=plan.seed, on_row=lambda row: progress.note(say_row(row)),
+        )  # fmt: skip
+        io.write_json(path, evidence.to_json())
+
+    _once(path, make)
+    return Evidence.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _unmeasured(plan: Plan) -> Evidence:
+    return Evidence(
+        name="conversion", rows=[], claim="not measured", threshold="none set", passed=None, seeds=[plan.seed],
+        seconds=0.0, notes="the plan asked for no evaluation (evaluate_tokens=0)",
+    )  # fmt: skip
+
+
+def test_texts(job: Job) -> dict[str, list[str]]:
+    """Return {name: test documents} for every text of the plan."""
+    from lineament.convert.text import load_documents
+
+    return {name: load_documents([name])["test"] for name in job.plan.data}
+
+
+def say_row(row: Mapping[str, Any]) -> str:
+    """Return one measured row as a line of text."""
+    shown = [f"{row['measure']}:"]
+    for name in ("student", "teacher", "ratio", "state_off", "untrained"):
+        if isinstance(row.get(name), int | float):
+            shown.append(f"{name.replace('_', ' ')} {row[name]:.4g}")
+    return " ".join([*shown, row.get("verdict") or row.get("note") or ""])
+
+
+def save(
+    job: Job,
+    student: nn.Module,
+    full: Heads,
+    table: DamageTable | None,
+    evidence: Evidence,
+    partial: Path,
+    progress: Progress,
+) -> None:
+    """Write the student as an ordinary transformers folder, with card, plan, evidence and damage table."""
+    progress.stage("save", str(partial))
+    if is_main():
+        student.save_pretrained(partial)
+        job.tokenizer.save_pretrained(partial)
+        io.write_json(partial / "evidence.json", evidence.to_json())
+        io.write_json(partial / "plan.json", job.plan.to_json())
+        if table is not None:
+            table.save(partial / "damage.json")
+            io.write_bytes(partial / "damage.png", table.figure())
+        card = model_card(
+            title=f"{Path(job.name).name} in linear time", teacher=job.name, plan=job.plan, rows=evidence.rows,
+            notes=evidence.notes, full=full, heads=job.info.layers * job.info.key_heads,
+            licence=licence_of(job.teacher.config),
+        )  # fmt: skip
+        io.write_text(partial / "README.md", card)
+    wait_for_all()

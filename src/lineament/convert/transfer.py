@@ -1,0 +1,252 @@
+"""Attention transfer: each layer's mixer learns the teacher's attention from the teacher's own activations.
+
+Layers are visited in order; a pool of token windows is carried through the teacher one layer at a time, so that one
+layer's weights and one layer's queries, keys and values are needed at once.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineament import io
+from lineament._base.errors import InputError
+from lineament.convert.plan import Plan
+from lineament.convert.precision import autocast
+from lineament.convert.probe import Call, probing
+from lineament.graph import stream
+from lineament.train import FitConfig, fit
+
+GATES = ("*log_scale", "*gate_bias", "*decay*", "*temperature", "*window_logit", "*dt_bias", "*A_log", "*beta_bias")
+UNNORMALISED = ("lightning", "gated-deltanet", "kda")
+
+
+@dataclass(frozen=True)
+class LayerPool:
+    """What one layer's mixer is trained on: one entry per window of the pool.
+
+    Args:
+        q: [1, T, Hq', K] scaled. k, v: [1, T, Hk', K]. target: [1, T, Hq', V], the teacher's output of these heads.
+        x: [1, T, D] the layer's input. Only the heads that don't stay softmax.
+    """
+
+    q: list[Tensor]
+    k: list[Tensor]
+    v: list[Tensor]
+    target: list[Tensor]
+    x: list[Tensor]
+
+
+def pooled_layers(
+    model: nn.Module,
+    layers: Sequence[str],
+    attentions: Sequence[nn.Module],
+    windows: Sequence[Tensor],
+    *,
+    full_heads: dict[int, Sequence[int]],
+    precision: str,
+    last: int | None = None,
+) -> Iterator[tuple[int, LayerPool]]:
+    """Carry a pool of windows ([1, T] ids each) through the teacher, yielding every layer's queries, keys and values.
+
+    Args:
+        full_heads: {layer: key-value heads left out because they stay softmax}.
+        last: stop after this layer; None goes through all.
+    """
+    device = next(model.parameters()).device
+    stop = len(layers) if last is None else last + 1
+    keep_dtype = torch.bfloat16 if precision == "bf16" else None
+    with autocast(precision, device):
+        streams = [stream(model, layers[:stop], ids.to(device)) for ids in windows]
+        calls = [next(one) for one in streams]
+    for index in range(stop):
+        pool = LayerPool([], [], [], [], [])
+        for row, one in enumerate(streams):
+            caught: list[tuple[Tensor, ...]] = []
+            handler = _catcher(caught, full_heads.get(index, ()), keep_dtype)
+            with torch.no_grad(), autocast(precision, device), probing(attentions[index : index + 1], handler):
+                if index + 1 < stop:
+                    calls[row] = next(one)  # runs layer `index` on the way to the next
+                else:
+                    _, layer, args, kwargs = calls[row]
+                    layer(*args, **kwargs)
+            for name, tensor in zip(("q", "k", "v", "target", "x"), caught[0], strict=True):
+                getattr(pool, name).append(tensor)
+        yield index, pool
+
+
+def _catcher(caught: list[tuple[Tensor, ...]], full: Sequence[int], dtype: torch.dtype | None) -> Callable:
+    def handle(call: Call) -> Tensor:
+        ordinary = call.ordinary()
+        key_heads = call.key.shape[2]
+        rest = [head for head in range(key_heads) if head not in full]
+        group = call.query.shape[2] // key_heads
+        wide = [head * group + one for head in rest for one in range(group)]
+        parts = (
+            call.scaled_query()[:, :, wide], call.key[:, :, rest], call.value[:, :, rest], ordinary[:, :, wide],
+            call.hidden,
+        )  # fmt: skip
+        caught.append(tuple(part.to(dtype or part.dtype).contiguous() for part in parts))
+        return ordinary
+
+    return handle
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Return |output - target|^2 / |target|^2 over everything: one number that layers of any scale share."""
+    target = target.float()
+    return (output.float() - target).square().sum() / target.square().sum().clamp_min(1e-12)
+
+
+def attention_kl(mixer: nn.Module, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+    """Return the mean KL from the teacher's attention rows to the mixer's, in nats.
+
+    The mixer's weights are read off by giving it the identity as values, which any normalised mixer allows.
+    """
+    T, group = q.shape[1], q.shape[2] // k.shape[2]
+    identity = torch.eye(T, dtype=q.dtype, device=q.device)[None, :, None].expand(q.shape[0], T, k.shape[2], T)
+    ours = mixer(q, k, identity, x=x)[0].float().transpose(1, 2)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    with torch.no_grad():
+        logits = torch.einsum("bihk,bjhk->bhij", q.float(), k.repeat_interleave(group, dim=2).float())
+        log_teacher = logits.masked_fill(future, -torch.inf).log_softmax(-1)
+        teacher = log_teacher.exp()
+        entropy = -(teacher * log_teacher.masked_fill(future, 0.0)).sum(-1)
+    cross = -(teacher * ours.clamp_min(1e-9).log().masked_fill(future, 0.0)).sum(-1)
+    return (cross - entropy).mean()
+
+
+def transfer_loss(kind: str) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, float]]]:
+    """Return the loss (mixer, batch) -> (scalar, named numbers) of a plan's `transfer_loss`."""
+
+    def loss(mixer: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        total, numbers = batch["q"].new_zeros((), dtype=torch.float32), {}
+        if kind in ("output-mse", "both"):
+            output = mixer(batch["q"], batch["k"], batch["v"], x=batch["x"])[0]
+            error = relative_error(output, batch["target"])
+            total, numbers["error"] = total + error, float(error.detach())
+        if kind in ("attention-kl", "both"):
+            divergence = attention_kl(mixer, batch["q"], batch["k"], batch["x"])
+            total, numbers["attention_kl"] = total + divergence, float(divergence.detach())
+        return total, numbers
+
+    return loss
+
+
+def pool_batches(pool: LayerPool, plan: Plan) -> Callable[[int], dict[str, Tensor]]:
+    """Return the batch of a step: rows of the pool in turn, cut to the step's length."""
+
+    def batch(step: int) -> dict[str, Tensor]:
+        longest = pool.q[0].shape[1]
+        length = min(plan.transfer_lengths[step % len(plan.transfer_lengths)], longest)
+        rows = max(1, plan.transfer_tokens // length)
+        # every length visits all rows before it sees one twice
+        turn = step // len(plan.transfer_lengths) * rows + step % len(plan.transfer_lengths)
+        chosen = [(turn + one) % len(pool.q) for one in range(rows)]
+        names = ("q", "k", "v", "target", "x")
+        return {name: torch.cat([getattr(pool, name)[row][:, :length] for row in chosen]) for name in names}
+
+    return batch
+
+
+def fit_config(plan: Plan, steps: int, precision: str) -> FitConfig:
+    """Return the training set-up of one layer's transfer."""
+    rates = {pattern: plan.transfer_gate_lr for pattern in GATES} | {"*": plan.transfer_lr}
+    return FitConfig(
+        steps=steps,
+        lr=rates,
+        schedule="cosine",
+        warmup=min(5, steps // 10),
+        clip=1.0,
+        precision=precision,
+        seed=plan.seed,
+        checkpoint_every=max(steps, 1),
+    )
+
+
+def transfer(
+    model: nn.Module,
+    layers: Sequence[str],
+    attentions: Sequence[nn.Module],
+    mixers: dict[int, nn.Module],
+    windows: Sequence[Tensor],
+    plan: Plan,
+    folder: Path,
+    *,
+    full_heads: dict[int, Sequence[int]],
+    precision: str,
+    on_layer: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[int, dict[str, float]]:
+    """Train every mixer on the teacher's activations, layer by layer; a layer that is done is not done again.
+
+    Args:
+        model, layers, attentions: the teacher. mixers: {layer: filling}, trained in place.
+        windows: the pool, [1, T] ids each. folder: takes one file per finished layer.
+
+    Returns:
+        {layer: {"before": relative error, "after": relative error}}.
+    """
+    if plan.transfer_loss != "output-mse" and plan.mixer in UNNORMALISED:
+        raise InputError(f"transfer_loss {plan.transfer_loss!r} needs normalised weights; {plan.mixer} has none")
+    results = _finished(mixers, folder)
+    todo = [layer for layer in mixers if layer not in results]
+    steps = plan.transfer_steps
+    if not todo or not steps:
+        return results
+    pools = pooled_layers(
+        model, layers, attentions, windows, full_heads=full_heads, precision=precision, last=max(todo)
+    )
+    for layer, pool in pools:
+        if layer not in todo:
+            continue
+        mixer, batches = mixers[layer], pool_batches(pool, plan)
+        _let_learn(mixer, plan.learns)
+        before = _error(mixer, batches, plan)
+        work = folder / f"layer-{layer:03d}.work"
+        fit(mixer, batches, transfer_loss(plan.transfer_loss), fit_config(plan, steps, precision), out=work)
+        results[layer] = {"before": before, "after": _error(mixer, batches, plan)}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in mixer.state_dict().items()}
+        numbers = {name: repr(value) for name, value in results[layer].items()}
+        io.save_tensors(state, folder / f"layer-{layer:03d}.safetensors", metadata=numbers)
+        shutil.rmtree(work, ignore_errors=True)
+        if on_layer:
+            on_layer(layer, results[layer])
+    return results
+
+
+def _let_learn(mixer: nn.Module, globs: Sequence[str]) -> None:
+    from fnmatch import fnmatchcase
+
+    for name, parameter in mixer.named_parameters():
+        parameter.requires_grad_(any(fnmatchcase(name, one) for one in globs))
+    if not any(p.requires_grad for p in mixer.parameters()):
+        names = ", ".join(name for name, _ in mixer.named_parameters())
+        raise InputError(f"learns {list(globs)} matches no parameter of the mixer; it has {names or 'none'}")
+
+
+@torch.no_grad()
+def _error(mixer: nn.Module, batches: Callable[[int], dict[str, Tensor]], plan: Plan) -> float:
+    """Return the relative error on the first batches, one per length."""
+    errors = []
+    for step in range(len(plan.transfer_lengths)):
+        batch = batches(step)
+        output = mixer(batch["q"], batch["k"], batch["v"], x=batch["x"])[0]
+        errors.append(float(relative_error(output, batch["target"])))
+    return sum(errors) / len(errors)
+
+
+def _finished(mixers: dict[int, nn.Module], folder: Path) -> dict[int, dict[str, float]]:
+    """Load the layers that an earlier run finished."""
+    results: dict[int, dict[str, float]] = {}
+    for layer, mixer in mixers.items():
+        path = folder / f"layer-{layer:03d}.safetensors"
+        if not path.exists():
+            continue
+        weights = io.open_weights(path)
+        mixer.load_state_dict({name: weights.load(name) for name in weights.names})
+        results[layer] = {name: float(value) for name, value in weights.metadata.items() if name in ("before", "after")}
+    return results

@@ -1,0 +1,155 @@
+"""Damage is measured without touching the model, and the keep rules choose by it."""
+
+import copy
+
+import pytest
+import torch
+
+from convert_helpers import tiny_llama
+from lineament._base.errors import InputError
+from lineament.convert.measure import estimate_damage, measure_damage
+from lineament.convert.plan import Plan
+from lineament.convert.probe import limit_heads, probing
+from lineament.convert.select import DamageTable, answer_samples, correlation, kept_heads, text_sample
+
+WINDOW, SINKS = 8, 2
+
+
+def parts(model):
+    layers = model.model.layers
+    return [f"model.layers.{i}" for i in range(len(layers))], [layer.self_attn for layer in layers]
+
+
+def ids(rows=2, length=48, seed=0):
+    return torch.randint(3, 200, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def samples():
+    prompts = [(row, 3) for row in ids(3, 40, seed=1)]
+    return [text_sample(ids(), first=10, every=2), *answer_samples(prompts, batch=2)]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return tiny_llama(layers=3)
+
+
+def damage(model, method=measure_damage):
+    return method(model, *parts(model), samples(), key_heads=2, window=WINDOW, sinks=SINKS, teacher="x")
+
+
+@torch.no_grad()
+def test_limited_attention_is_softmax_on_window_and_sinks(teacher):
+    layers, attentions = parts(teacher)
+    x = ids()
+    with probing(attentions, limit_heads({1: (0, 1)}, window=WINDOW, sinks=SINKS)):
+        probed = teacher(input_ids=x).logits
+    T = x.shape[1]
+    n = torch.arange(T)
+    mask = (n <= n[:, None]) & ((n > n[:, None] - WINDOW) | (n < SINKS))
+    old = attentions[1].forward
+    attentions[1].forward = lambda *a, attention_mask=None, **k: old(*a, attention_mask=mask[None, None], **k)
+    try:
+        masked = teacher(input_ids=x).logits
+    finally:
+        del attentions[1].forward
+    torch.testing.assert_close(probed, masked, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_window_as_long_as_the_text_changes_nothing(teacher):
+    _, attentions = parts(teacher)
+    whole = teacher(input_ids=ids()).logits
+    with probing(attentions, limit_heads({i: (0, 1) for i in range(3)}, window=64, sinks=0)):
+        torch.testing.assert_close(teacher(input_ids=ids()).logits, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [measure_damage, estimate_damage])
+def test_the_model_comes_back_bit_identical(method):
+    model = tiny_llama(layers=2)
+    before = copy.deepcopy(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+    logits = model(input_ids=ids()).logits
+    damage(model, method)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(model(input_ids=ids()).logits, logits)
+    assert model.config._attn_implementation == "sdpa"
+    assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
+
+
+def test_the_model_comes_back_after_an_error(teacher):
+    layers, attentions = parts(teacher)
+
+    def fail(call):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), probing(attentions, fail):
+        teacher(input_ids=ids())
+    assert teacher.config._attn_implementation == "sdpa"
+    assert not any(module._forward_pre_hooks for module in attentions)
+
+
+def test_damage_equals_the_plain_way(teacher):
+    """The prefix reuse gives what running the whole limited model gives."""
+    table = damage(teacher)
+    _, attentions = parts(teacher)
+    text = samples()[0]
+
+    def loss():
+        with torch.no_grad():
+            logs = teacher(input_ids=text.ids).logits.float().log_softmax(-1)
+        return -logs[text.rows, text.positions - 1].gather(-1, text.ids[text.rows, text.positions][:, None]).mean()
+
+    whole = loss()
+    for layer, head in ((0, 1), (2, 0)):
+        with probing(attentions, limit_heads({layer: (head,)}, window=WINDOW, sinks=SINKS)):
+            assert abs(float(loss() - whole) - table.perplexity[layer][head]) < 1e-5
+    assert all(x >= -1e-6 for row in table.kl for x in row)
+
+
+def test_the_estimate_is_the_slope(teacher):
+    """One backward equals a finite difference along one head's gate."""
+    estimate = damage(teacher, estimate_damage)
+    assert estimate.about["method"] == "gates"
+    found = correlation(damage(teacher), estimate)
+    assert set(found) == {"kl", "retrieval", "worst_quarter_shared"}
+
+
+def table(rows):
+    return DamageTable(teacher="t", window=8, sinks=2, perplexity=rows, kl=rows, retrieval=[[0.0] * 2] * len(rows))
+
+
+def test_keep_rules_choose():
+    scores = table([[0.1, 0.0], [0.0, 0.9], [0.2, 0.3], [0.0, 0.0]])
+    assert kept_heads(Plan(keep="none"), 4, 2) == {}
+    assert kept_heads(Plan(keep="every:2"), 4, 2) == {1: (0, 1), 3: (0, 1)}
+    assert kept_heads(Plan(keep="0,2"), 4, 2) == {0: (0, 1), 2: (0, 1)}
+    assert kept_heads(Plan(keep="auto:1"), 4, 2, scores) == {1: (0, 1)}
+    assert kept_heads(Plan(keep="auto-heads:0.4"), 4, 2, scores) == {1: (1,), 2: (0, 1)}
+    assert sum(map(len, kept_heads(Plan(keep="auto-heads:0.25"), 4, 2, scores).values())) == 2
+    assert kept_heads(Plan(keep="auto-heads:0.1"), 4, 2, scores) == {}
+
+
+def test_keep_rules_refuse():
+    with pytest.raises(InputError, match="names layer 7; the model has layers 0 to 3"):
+        kept_heads(Plan(keep="0,7"), 4, 2)
+    with pytest.raises(InputError, match="asks for 9 layers"):
+        kept_heads(Plan(keep="auto:9"), 4, 2)
+    with pytest.raises(InputError, match="needs a damage table"):
+        kept_heads(Plan(keep="auto-heads:0.5"), 4, 2)
+
+
+def test_both_kinds_of_damage_have_a_voice():
+    one = DamageTable(
+        teacher="t", window=8, sinks=2, perplexity=[[9.0, 0.0]], kl=[[3.0, 1.0]], retrieval=[[-5.0, 2.0]]
+    )
+    assert one.scores() == [[0.75, 1.25]]
+
+
+def test_a_table_survives_its_file(tmp_path):
+    one = table([[0.1, 0.2]])
+    one.save(tmp_path / "damage.json")
+    assert DamageTable.load(tmp_path / "damage.json") == one
+    with pytest.raises(InputError, match="lacks kl"):
+        DamageTable.from_json({k: v for k, v in one.to_json().items() if k != "kl"})
