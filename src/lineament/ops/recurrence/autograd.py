@@ -72,7 +72,8 @@ def _chunk(
     read, weight = _read_and_weight(since, k)
     left = torch.ones_like(read) if since is None else (since[:, :, -1:] - since).to(k.dtype).exp()
     if beta is not None:
-        system = torch.eye(C, dtype=k.dtype, device=k.device) + beta * _pairs(k[:, :, None], k, weight)[:, :, 0].tril(-1)
+        kk = _pairs(k[:, :, None], k, weight)[:, :, 0].tril(-1)
+        system = torch.eye(C, dtype=k.dtype, device=k.device) + beta * kk
         v = torch.linalg.solve_triangular(system, beta * (v - (k * read) @ state), upper=False, unitriangular=True)
     out = _pairs(q, k, weight) @ v[:, :, None] + (q * read[:, :, None]) @ state[:, :, None]
     return out, read[:, :, -1].unsqueeze(-1) * state + (k * left).mT @ v

@@ -1,7 +1,7 @@
 """The recurrence as matmuls over chunks, with its own backward: the default on a CPU.
 
-One custom operator, so that torch.compile and torch.export see one node with a shape rule and an autograd rule. Saved for
-the backward are the inputs and the state at every chunk boundary; the backward recomputes each chunk from these.
+One custom operator, so that torch.compile and torch.export see one node with a shape rule and an autograd rule. Saved
+for the backward are the inputs and the state at every chunk boundary; the backward recomputes each chunk from these.
 Differentiating twice is refused (use backend="chunked-autograd").
 """
 
@@ -55,8 +55,8 @@ def recurrence(
     states = saved if save else last[None]
     states[0].copy_(state)
     for rows in batches(q.shape[0], state.shape[1]):
-        inputs = Sequence(*(_slice(x, rows) for x in (q, k, v, beta, log_decay)), state.shape[1], state)
-        forward(inputs, states[:, rows], o[rows], size)
+        cut = (q[rows], k[rows], v[rows], _slice(beta, rows), _slice(log_decay, rows))
+        forward(Sequence(*cut, state.shape[1], state), states[:, rows], o[rows], size)
     if save:
         last.copy_(saved[-1])
     return o, last, saved
@@ -92,7 +92,7 @@ def recurrence_backward(
     grad = grad_state.clone(memory_format=torch.contiguous_format)
     heads = states.shape[2]
     for rows in batches(q.shape[0], heads):
-        inputs = Sequence(*(_slice(x, rows) for x in named.values()), heads, states)
+        inputs = Sequence(q[rows], k[rows], v[rows], _slice(beta, rows), _slice(log_decay, rows), heads, states)
         outputs = {name: made[name][rows] for name, x in named.items() if x is not None}
         outputs = {name: tiled(x if x.dim() == 4 else x[..., None], heads) for name, x in outputs.items()}
         backward(inputs, states[:, rows], grad_o[rows], grad[rows].view(-1, *grad.shape[2:]), outputs, size)

@@ -8,8 +8,15 @@ from torch import Tensor
 from lineament._base.backends import Backend, choose
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
+from lineament.ops.recurrence import autograd, chunked, reference
 from lineament.ops.recurrence.gates import floored
 from lineament.ops.recurrence.packed import checked_lengths, run_packed
+
+TORCH_ONLY = {
+    "chunked": chunked,
+    "chunked-autograd": autograd,
+    "reference": reference,
+}  # may be traced by torch.compile
 
 
 def decayed_attention(
@@ -118,7 +125,11 @@ def _run(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv
-    Hs, wide = _check(q, k, v, beta, log_decay, state, chunk_size)
+    if not torch.compiler.is_compiling():  # (traced sizes may be symbols, which can't be sorted or put in messages)
+        _check(q, k, v, beta, log_decay, state, chunk_size)
+    Hs, wide = max(k.shape[2], v.shape[2]), torch.float32
+    for x in (q, k, v, state):
+        wide = wide if x is None else torch.promote_types(wide, x.dtype)
     lengths = None if cu_seqlens is None else checked_lengths(cu_seqlens, q)
     rows = q.shape[0] if lengths is None else len(lengths)
     shape = (rows, Hs, k.shape[3], v.shape[3])
@@ -131,9 +142,12 @@ def _run(
         return v.new_zeros(q.shape[0], 0, max(q.shape[2], Hs), v.shape[3]), state.clone()
     extra = () if beta is None else (beta.to(wide),)
     gate = None if log_decay is None else floored(log_decay, wide)
-    if backend == "auto" and q.device.type == "cpu":
+    if backend == "auto" and (q.device.type == "cpu" or torch.compiler.is_compiling()):
         backend = "chunked"  # the only row that is both fast and possible there
-    run = choose(table, backend, q, k, v)
+    if backend in TORCH_ONLY:
+        run = getattr(TORCH_ONLY[backend], "run_decayed" if beta is None else "run_delta")
+    else:
+        run = choose(table, backend, q, k, v)
     inputs = (q, k, v, *extra, gate)
     if lengths is None:
         return run(*inputs, state, chunk_size=chunk_size)
@@ -148,12 +162,11 @@ def _check(
     log_decay: Tensor | None,
     state: Tensor | None,
     chunk_size: int | None,
-) -> tuple[int, torch.dtype]:
-    """Return the number of state heads and the dtype of the arithmetic."""
+) -> None:
+    """Raise if the inputs don't fit together."""
     n = bind("q: B T Hq K, k: B T Hk K, v: B T Hv V", q, k, v)
     Hs = check_heads(k=n["Hk"], v=n["Hv"])
     check_heads(q=n["Hq"], **({"k": Hs} if n["Hk"] == Hs else {"v": Hs}))
-    wide = torch.float32
     for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("log_decay", log_decay), ("state", state)):
         if x is None:
             continue
@@ -161,8 +174,6 @@ def _check(
             raise InputError(f"{name} has dtype {x.dtype}; expected a floating point dtype")
         if x.device != q.device:
             raise InputError(f"{name} is on {x.device} and q is on {q.device}; move one of them")
-        if name not in ("beta", "log_decay"):
-            wide = torch.promote_types(wide, x.dtype)
     per_head = (n["B"], n["T"], Hs)
     if beta is not None and beta.shape != per_head:
         raise InputError(f"beta has shape {list(beta.shape)}; k and v ask for {list(per_head)} [B, T, Hs]")
@@ -171,4 +182,3 @@ def _check(
         raise InputError(f"log_decay has shape {list(log_decay.shape)}; k and v ask for {wanted}")
     if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
         raise InputError(f"chunk_size is {chunk_size}; expected a power of two such as 32 or 64")
-    return Hs, wide

@@ -1,6 +1,7 @@
 """Documents packed in one row (cu_seqlens) as rows of their own, grouped by length so that little is padded."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def checked_lengths(cu_seqlens: Tensor, q: Tensor) -> list[int]:
     if q.shape[0] != 1:
         raise InputError(f"q has B={q.shape[0]}, but cu_seqlens packs all documents in one row; expected B=1")
     borders = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    lengths = [b - a for a, b in pairwise(borders)]
     if borders[0] != 0 or borders[-1] != q.shape[1] or min(lengths) < 0:
         raise InputError(f"cu_seqlens is {borders}; expected a rising list from 0 to T={q.shape[1]} of q")
     return lengths

@@ -48,6 +48,13 @@ class NoDecay:
         dx.baddbmm_(grad, k)
         dk.baddbmm_(grad.mT, x)
 
+    def take_own(self, grad: Tensor, rows: int) -> Tensor | None:
+        """Take the gradient of a token's product with itself out of grad: [N, C, rows, 1], or None where it may stay.
+
+        No decay is in that product. Left in, its share in the gradient of the decay would only cancel up to rounding.
+        """
+        return None
+
     def grad_log_decay(self, dgate: Tensor) -> Tensor:
         raise AssertionError("there is no log decay to differentiate")
 
@@ -85,6 +92,13 @@ class HeadDecay(NoDecay):
 
     def pairs_backward(self, grad: Tensor, x: Tensor, k: Tensor, dx: Tensor, dk: Tensor, rows: int) -> None:
         super().pairs_backward(self._weigh(grad, rows), x, k, dx, dk, rows)
+
+    def take_own(self, grad: Tensor, rows: int) -> Tensor | None:
+        N, C = grad.shape[0], grad.shape[2]
+        diagonal = grad.view(N, C, rows, C).diagonal(dim1=1, dim2=3)  # [N, rows, C]
+        own = diagonal.transpose(1, 2).unsqueeze(-1).clone()
+        diagonal.zero_()
+        return own
 
     def _weigh(self, pairs: Tensor, rows: int) -> Tensor:
         N, _, C = pairs.shape
@@ -148,10 +162,7 @@ class ChannelDecay(HeadDecay):
         return out
 
     def pairs_backward(self, grad: Tensor, x: Tensor, k: Tensor, dx: Tensor, dk: Tensor, rows: int) -> None:
-        N, C, K = k.shape
-        own = grad.view(N, C, rows, C).diagonal(dim1=1, dim2=3).transpose(1, 2)[..., None]  # [N, C, rows, 1]
-        dx.view(N, C, rows, K).addcmul_(own, k[:, :, None])
-        dk += (own * x.view(N, C, rows, K)).sum(2)
+        N, _, K = k.shape
         for half, factor in self.factors.items():
             later, earlier = self._sides(x, k, half, rows)
             block = below(grad, half, rows).movedim(-1, 1).reshape(-1, half * rows, half)
@@ -178,7 +189,9 @@ class ChannelDecay(HeadDecay):
         return dgate
 
 
-def make_pairs(log_decay: Tensor | None, tiles: Tensor | None, count: int, size: int, rows: int, width: int, like: Tensor):
+def make_pairs(
+    log_decay: Tensor | None, tiles: Tensor | None, count: int, size: int, rows: int, width: int, like: Tensor
+) -> NoDecay:
     """Return the object for None, [B, T, Hs] or [B, T, Hs, K] log decays (`tiles`: their tiled view)."""
     if log_decay is None or tiles is None:
         return NoDecay(count, size, rows, width, like)

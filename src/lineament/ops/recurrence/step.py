@@ -81,7 +81,7 @@ def _decay_(state: Tensor, log_decay: Tensor | None) -> None:
 
 def _write_(state: Tensor, k: Tensor, v: Tensor) -> None:
     """Add k v^T to the state, heads of k or v repeated consecutively."""
-    B, heads, K, V = state.shape
+    heads = state.shape[1]
     few = min(k.shape[1], v.shape[1])
     grouped = state.unflatten(1, (few, heads // few))
     k, v = k.unflatten(1, (few, -1)), v.unflatten(1, (few, -1))
@@ -89,7 +89,7 @@ def _write_(state: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _read(state: Tensor, q: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    B, heads, _, V = state.shape
+    heads = state.shape[1]
     if q.shape[1] < heads:
         q = q.repeat_interleave(heads // q.shape[1], 1)
     q = q.to(state.dtype).unflatten(1, (heads, -1))  # [B, Hs, r, K]

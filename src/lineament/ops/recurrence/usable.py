@@ -13,7 +13,7 @@ def needs_triton(q: Tensor, *others: Tensor | None) -> str | None:
         return "triton is not installed; pip install 'lineament[gpu]'"
     if q.is_cuda or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
-    return f"triton kernels need a GPU and q is on {q.device.type} (or set TRITON_INTERPRET=1 before triton is imported)"
+    return f"triton kernels need a GPU and q is on {q.device.type} (TRITON_INTERPRET=1 interprets them, for tests)"
 
 
 def needs_fla(q: Tensor, *others: Tensor | None) -> str | None:

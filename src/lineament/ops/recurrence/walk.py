@@ -1,7 +1,7 @@
 """Walk a sequence chunk by chunk over preallocated buffers: forward, and backward from the saved boundary states.
 
-N rows (batch x state heads), C tokens of a chunk, r query rows per token, K key width, V value width. A chunk does, with
-`qk`, `kk` the decayed products of `pairs.py` (kk strictly lower) and S the state before it:
+N rows (batch x state heads), C tokens of a chunk, r query rows per token, K key width, V value width. A chunk does,
+with `qk`, `kk` the decayed products of `pairs.py` (kk strictly lower) and S the state before it:
 
     new = v                                                  decayed attention
     new = (I + Diag(b) kk)^-1 Diag(b) (v - (k read) S)       delta rule: what is really written
@@ -63,7 +63,8 @@ class Chunk:
         shapes = {name: shape for name, shape in widths.items() if self.tiles[name] is not None}
         shapes |= {"qk": (size * rows, size), "o": (size * rows, V), "q_read": (size * rows, K), "k_write": (size, K)}
         if inputs.beta is not None:
-            shapes |= {"kk": (size, size), "lower": (size, size), "k_read": (size, K), "rest": (size, V), "new": (size, V)}
+            shapes |= {"kk": (size, size), "lower": (size, size), "k_read": (size, K)}
+            shapes |= {"rest": (size, V), "new": (size, V)}
             self.inverse = UnitLowerInverse(N, size, like)
         self.at = {name: like.new_empty(N, *shape) for name, shape in shapes.items()}
 
@@ -122,12 +123,12 @@ class BackwardChunk(Chunk):
             new |= {"dk_row": "k", "dkk": "kk", "dv": "v", "product": "v"}
         self.at |= {name: torch.empty_like(self.at[twin]) for name, twin in new.items()}
 
-    def backward(self, start: int, stop: int, state: Tensor, after: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        """Return the gradients of a chunk's inputs; `grad`, that of the state behind it, becomes that of the one before.
+    def backward(self, start: int, stop: int, state: Tensor, grad: Tensor) -> dict[str, Tensor]:
+        """Return the gradients of a chunk's inputs; `grad`, of the state behind it, becomes that of the one before.
 
         Args:
             start, stop: the tokens.
-            state, after: [N, K, V], the states before and behind the chunk.
+            state: [N, K, V], the state before the chunk.
             grad: [N, K, V], changed in place.
         """
         at, pairs = self.at, self.pairs
@@ -144,16 +145,24 @@ class BackwardChunk(Chunk):
         if pairs.read is not None:
             self.scaled("dq", dq, pairs.read, self.rows)
             self.scaled("dk", dk, pairs.write, 1)
-        at_end = (grad * after).sum(2) if pairs.last is not None else None  # [N, K], by e^{G_C}
-        if pairs.last is not None:
-            grad.mul_(pairs.last)
+        tail = dk[:, stop - start - 1]
+        kept, at_end = tail.clone(), None
+        if pairs.last is not None:  # the last token's write doesn't decay: it is kept out of the gradient of G
+            tail.zero_()
+            at_end = (grad.mul_(pairs.last) * state).sum(2) + (at["k"] * dk).sum(1)  # [N, K], by e^{G_C}
         grad.baddbmm_(q_read.mT, at["do"])
         result = {"q": dq, "v": at["dnew"]}
         if "beta" in at:
             result |= self._backward_solve(state, new, grad)
+        own = pairs.take_own(at["dqk"], self.rows)
         pairs.pairs_backward(at["dqk"], at["q"], at["k"], dq, dk, self.rows)
         if at_end is not None:
             result["log_decay"] = pairs.grad_log_decay(self._gate_gradient(dq, dk, at_end))
+            tail += kept
+        if own is not None:
+            shape = (self.N, self.size, self.rows, -1)
+            dq.view(shape).addcmul_(own, at["k"][:, :, None])
+            dk += (own * at["q"].view(shape)).sum(2)
         return result | {"k": dk.add_(at["dk_row"]) if "beta" in at else dk}
 
     def _backward_solve(self, state: Tensor, new: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -195,7 +204,7 @@ def forward(inputs: Sequence, states: Tensor, o: Tensor, size: int) -> None:
 
     With one entry only the newest state is kept, in place.
     """
-    _, B, _, K, V = states.shape
+    K, V = states.shape[-2:]
     cut = chunks(inputs.q.shape[1], size)
     keep = states.shape[0] > 1
     tiles = tiled(o, inputs.heads)
@@ -212,13 +221,15 @@ def forward(inputs: Sequence, states: Tensor, o: Tensor, size: int) -> None:
 def backward(
     inputs: Sequence, states: Tensor, grad_o: Tensor, grad: Tensor, outputs: dict[str, Tensor], size: int
 ) -> None:
-    """Fill `outputs` (tiled gradients by name) from last chunk to first; `grad` [N, K, V] ends as that of the first state."""
-    _, B, _, K, V = states.shape
+    """Fill `outputs` (tiled gradients by name) from last chunk to first.
+
+    `grad` [N, K, V], the gradient of the last state, becomes that of the first.
+    """
+    K, V = states.shape[-2:]
     cut = chunks(inputs.q.shape[1], size)
     works = {room: BackwardChunk(inputs, room, grad_o) for room in {room_for(b - a, size) for a, b in cut}}
     for index, (start, stop) in reversed(list(enumerate(cut))):
         chunk = works[room_for(stop - start, size)]
-        state, after = (states[i].view(-1, K, V) for i in (index, index + 1))
-        found = chunk.backward(start, stop, state, after, grad)
+        found = chunk.backward(start, stop, states[index].view(-1, K, V), grad)
         for name, tiles in outputs.items():
             store(tiles, found[name], start, stop)
