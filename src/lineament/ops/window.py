@@ -232,8 +232,11 @@ def _attend(
         )  # fmt: skip
         o, far = _pure(call) if window + sinks == 0 else run(call)
         outs.append(o.to(v.dtype))
-        slots = (advanced(*x, *at) for x in zip(past[1:4], (keys, values, features), strict=True))
-        states.append(WindowState(far, *slots, past.count + keys.shape[2]))
+        slots = [
+            advanced(before, new, part.count, window, sinks)
+            for before, new in zip(past[1:4], (keys, values, features), strict=True)
+        ]
+        states.append(WindowState(far, slots[0], slots[1], slots[2], past.count + keys.shape[2]))
     if len(states) == 1:
         return outs[0], states[0]
     o = torch.cat(outs, dim=0 if offsets is None else 1) if outs else v.new_empty(n["B"], 0, n["Hq"], n["V"])

@@ -13,20 +13,22 @@ from lineament.ops.window_blocked import (
     Block,
     Decays,
     Masks,
+    State,
     Walk,
     Weights,
     blocks,
     decays,
     forward,
-    lay_out,
+    split_state,
     spread,
+    walk_of,
     weigh,
 )
 from lineament.ops.window_state import WindowCall
 
 
 class Gradients(NamedTuple):
-    """Gradients in the layout of `Walk`, in the dtype of the state."""
+    """Gradients of a call's tensors, in the shape of each and the dtype of the state; `state` is still in two parts."""
 
     q: Tensor
     k: Tensor
@@ -37,100 +39,130 @@ class Gradients(NamedTuple):
     log_decay: Tensor | None
     sink_k: Tensor
     sink_v: Tensor
-    state: Tensor
+    state: State
 
 
-def backward(walk: Walk, call: WindowCall, o: Tensor, den: Tensor, states: list[Tensor], final: Tensor, grad: Tensor,
-             grad_final: Tensor) -> Gradients:  # fmt: skip
-    """Walk the blocks from right to left; a block's gradients are those of one small dense attention and the state."""
-    wide, r = call.far.dtype, walk.q.shape[1] // call.q.shape[1]
+def _empty_gradients(call: WindowCall, grad_far: Tensor) -> Gradients:
+    """Nothing but zeros where blocks add up, uninitialised where each block writes its own rows."""
 
     def zeros(x: Tensor) -> Tensor:
-        return torch.zeros(x.shape, dtype=wide, device=x.device)
+        return torch.zeros(x.shape, dtype=call.far.dtype, device=x.device)
 
-    out = Gradients(
-        zeros(walk.q), zeros(walk.k), zeros(walk.v1[..., :-1]), zeros(walk.phi_q), zeros(walk.phi_k),
-        zeros(walk.log_scale), None if walk.log_decay is None else torch.zeros_like(walk.log_decay),
-        zeros(walk.sink_k), zeros(walk.sink_v1[..., :-1]), grad_final.flatten(0, 1).clone(),
+    def own(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=call.far.dtype, device=x.device)
+
+    log_decay = None if call.log_decay is None else torch.zeros_like(call.log_decay)
+    return Gradients(
+        own(call.q), zeros(call.k), zeros(call.v), own(call.phi_q), zeros(call.phi_k), zeros(call.log_scale),
+        log_decay, zeros(call.sink_k), zeros(call.sink_v), split_state(grad_far),
     )  # fmt: skip
-    masks = Masks(call)
-    after = final.flatten(0, 1)
+
+
+class _Shares(NamedTuple):
+    """Gradients of one block's numerators and denominators, and of its weights."""
+
+    top: Tensor  # [G, C r, V]
+    bottom: Tensor  # [G, C r, 1]
+    weights: Tensor  # [G, C r, s' + L]
+
+
+def backward(
+    call: WindowCall, o: Tensor, den: Tensor, states: list[State], after: State, grad: Tensor, grad_far: Tensor
+) -> Gradients:
+    """Walk the blocks from right to left. `after` is the far state behind the last block."""
+    walk, masks, out = walk_of(call), Masks(call), _empty_gradients(call, grad_far)
+    wide = call.far.dtype
     reads = bool(call.phi_q.shape[-1])
     for index, b in reversed(list(enumerate(blocks(call)))):
-        here = slice(b.start * r, b.stop * r)
-        share = grad[:, here].to(wide) / den[:, here]
-        level = (share * o[:, here]).sum(-1, keepdim=True)
-        share1 = torch.cat([share, -level], dim=-1)  # gradient of the numerator and of the denominator
-        decay = decays(walk, b, masks.waiting(b), wide) if reads else None
-        x = weigh(walk, b, masks, decay, call.relative, apart=True)
-        grad_weights = torch.bmm(share1.to(walk.q.dtype), x.v1.mT).to(wide)
+        decay = decays(walk, b, masks.waiting(b)) if reads else None
+        x = weigh(walk, b, masks, decay, apart=True)
+        share = walk.rows(grad, b).to(wide) / walk.rows(den, b)
+        level = (share * walk.rows(o, b)).sum(-1, keepdim=True).neg_()
+        grad_weights = torch.bmm(share.to(walk.narrow), x.values.mT).to(wide).add_(level)
+        shares = _Shares(share, level, grad_weights)
+        grad_scale = None
         if reads:
-            before = states[index]
-            _far_backward(walk, b, masks, decay, x, share1, grad_weights, before, after, out, r)
-            after = before
-        grad_logits = x.exact.mul_(grad_weights)
-        if call.relative and reads:
-            grad_logits.scatter_add_(-1, x.top, out.log_scale[:, here])
-        _exact_backward(walk, b, x, grad_logits.to(walk.q.dtype), share, here, out)
+            grad_scale = _far_backward(walk, b, masks, decay, x, shares, states[index], after, out)
+            after = states[index]
+        assert x.exact is not None
+        grad_weights.mul_(x.exact)
+        if call.relative and grad_scale is not None:
+            grad_weights.scatter_add_(-1, x.top, grad_scale)
+        _exact_backward(walk, b, x, shares, out)
     return out
 
 
-def _exact_backward(
-    walk: Walk, b: Block, x: Weights, grad_logits: Tensor, share: Tensor, here: slice, out: Gradients
-) -> None:
+def _exact_backward(walk: Walk, b: Block, x: Weights, shares: _Shares, out: Gradients) -> None:
     """Gradients through the logits and the values of one block."""
-    sinks = walk.sink_k.shape[1]
-    out.q[:, here] = torch.bmm(grad_logits, x.keys)
-    grad_k = torch.bmm(grad_logits.mT, walk.q[:, here])
-    grad_v = torch.bmm(x.both.to(walk.q.dtype).mT, share.to(walk.q.dtype))
-    out.k[:, b.low : b.high] += grad_k[:, sinks:]
-    out.v[:, b.low : b.high] += grad_v[:, sinks:]
-    if sinks:
-        out.sink_k.add_(grad_k[:, :sinks])
-        out.sink_v.add_(grad_v[:, :sinks])
+    sinks, narrow, here = walk.sink_k.shape[1], walk.narrow, slice(b.start, b.stop)
+    grad_logits = shares.weights.to(narrow)
+    out.q[:, here] = walk.rows_back(torch.bmm(grad_logits, x.keys))
+    for grad, sink_grad, product in (
+        (out.k, out.sink_k, torch.bmm(grad_logits.mT, x.q)),
+        (out.v, out.sink_v, torch.bmm(x.both.to(narrow).mT, shares.top.to(narrow))),
+    ):
+        grad[:, :, b.low : b.high] += product[:, sinks:].unflatten(0, grad.shape[:2])
+        if sinks:
+            sink_grad.add_(product[:, :sinks].unflatten(0, grad.shape[:2]))
 
 
 def _far_backward(
-    walk: Walk, b: Block, masks: Masks, decay: Decays | None, x: Weights, share1: Tensor, grad_weights: Tensor,
-    before: Tensor, after: Tensor, out: Gradients, r: int,
-) -> None:  # fmt: skip
-    """Gradients through the far weights of one block and through the state before and after it.
+    walk: Walk, b: Block, masks: Masks, decay: Decays | None, x: Weights, shares: _Shares, before: State, after: State,
+    out: Gradients,
+) -> Tensor:  # fmt: skip
+    """Gradients through one block's far weights and the state before and after it; returns that of log_scale.
 
-    `before` and `after` are that state, `out.state` is the gradient of the one after and becomes that of the one
-    before. The gradient of a log decay is that of the running sum it is part of, summed over the later steps.
+    `out.state` is the gradient of the state behind the block and becomes that of the one before. The gradient of a log
+    decay is that of the running sums it is part of, summed over the later steps.
     """
-    narrow, sinks = walk.q.dtype, walk.sink_k.shape[1]
-    here, gone = slice(b.start * r, b.stop * r), slice(b.low, b.low + b.left)
-    grad_state, phi_k, v1 = out.state, walk.phi_k[:, gone], walk.v1[:, gone]
-    from_state = torch.bmm(share1.to(narrow), before.mT.to(narrow)).to(grad_state.dtype)
-    grad_phi = from_state if decay is None else spread(from_state, decay.begin, r)
-    read = x.phi if decay is None else spread(x.phi, decay.begin, r)
-    column = None
+    narrow, sinks, call = walk.narrow, walk.sink_k.shape[1], walk.call
+    r, here = call.q.shape[2] // call.k.shape[1], slice(b.start, b.stop)
+    top = shares.top.to(narrow)
+    grad_phi = torch.bmm(top, before.sum.mT.to(narrow)).to(call.far.dtype)
+    grad_phi.addcmul_(shares.bottom, before.norm.mT)
+    read = x.phi
+    if decay is not None:
+        grad_phi, read = spread(grad_phi, decay.begin, r), spread(read, decay.begin, r)
+    clock = None
     if b.left:
-        pairs = grad_weights[..., sinks : sinks + b.left].unflatten(1, (-1, r))
-        if decay is None:
-            pairs = pairs.masked_fill(masks.waiting(b)[:, None], 0).flatten(1, 2).to(narrow)
-        else:
-            pairs = (pairs * decay.pair[:, :, None]).flatten(1, 2).to(narrow)
-        grad_phi = grad_phi + torch.bmm(pairs, phi_k)
-        grad_inside = torch.bmm(pairs.mT, x.phi.to(narrow)).to(grad_state.dtype)
-        written = phi_k if decay is None else (phi_k * decay.end[..., None]).to(narrow)
-        grad_written = torch.bmm(v1, grad_state.mT.to(narrow)).to(grad_state.dtype)
-        if decay is not None:
-            grad_written = grad_written * decay.end[..., None]
-        out.v[:, gone] += torch.bmm(written, grad_state[..., :-1].to(narrow))
-        column = ((grad_inside + grad_written) * phi_k).sum(-1)
-        out.phi_k[:, gone] += grad_inside + grad_written
-    out.phi_q[:, here] = grad_phi * x.near
-    out.log_scale[:, here] = (grad_phi * x.phi).sum(-1, keepdim=True)
+        inner = shares.weights[..., sinks : sinks + b.left].unflatten(1, (-1, r))
+        inner = (inner * masks.pairs(b, decay)).flatten(1, 2).to(narrow)
+        grad_phi += torch.bmm(inner, walk.keys(call.phi_k, b.low, b.low + b.left))
+        clock = _leaving_backward(walk, b, decay, torch.bmm(inner.mT, x.phi.to(narrow)), out)
+    out.phi_q[:, here] = walk.rows_back(grad_phi * x.near)
+    grad_scale = grad_phi.mul_(x.phi).sum(-1, keepdim=True)
+    out.log_scale[:, here] = walk.rows_back(grad_scale)[..., 0]
+    grad_state = out.state
     if decay is not None and out.log_decay is not None:
-        clock = out.log_scale[:, here, 0].unflatten(1, (-1, r)).sum(-1).double()
-        if column is not None:
-            clock[:, b.skip :] -= column
-        clock[:, -1] += (grad_state * after).sum((1, 2))
-        out.log_decay[:, b.start : b.stop] = clock.flip(1).cumsum(1).flip(1)
-        grad_state.mul_(decay.whole[:, None, None])
-    grad_state.add_(torch.bmm(read.to(narrow).mT, share1.to(narrow)))
+        sums = grad_scale[..., 0].unflatten(1, (-1, r)).sum(-1).double()
+        if clock is not None:
+            sums[:, b.skip :] -= clock
+        sums[:, -1] += sum((g * s).sum((1, 2)) for g, s in zip(grad_state, after, strict=True))
+        steps = sums.flip(1).cumsum(1).flip(1).unflatten(0, call.far.shape[:2])
+        out.log_decay[:, here] = steps.transpose(1, 2)
+        grad_state.sum.mul_(decay.whole[:, None, None])
+        grad_state.norm.mul_(decay.whole[:, None, None])
+    if read.dtype == narrow:
+        grad_state.sum.baddbmm_(read.mT, top)
+    else:
+        grad_state.sum.add_(torch.bmm(read.to(narrow).mT, top))
+    grad_state.norm.add_(torch.bmm(read.mT.to(call.far.dtype), shares.bottom))
+    return grad_scale
+
+
+def _leaving_backward(walk: Walk, b: Block, decay: Decays | None, grad_phi: Tensor, out: Gradients) -> Tensor | None:
+    """Gradients of the keys that leave in the block, given that of phi_k inside it; returns [G, left] for decays."""
+    gone, shape, narrow = slice(b.low, b.low + b.left), walk.call.far.shape[:2], walk.narrow
+    phi, v = (walk.keys(x, gone.start, gone.stop) for x in (walk.call.phi_k, walk.call.v))
+    written = phi if decay is None else (phi * decay.end[..., None]).to(narrow)
+    grad_sum = out.state.sum.to(narrow)
+    out.v[:, :, gone] += torch.bmm(written, grad_sum).unflatten(0, shape)
+    grad_written = torch.bmm(v, grad_sum.mT) + out.state.norm.mT
+    if decay is not None:
+        grad_written = grad_written * decay.end[..., None]
+    grad_phi = grad_phi + grad_written
+    out.phi_k[:, :, gone] += grad_phi.unflatten(0, shape)
+    return None if decay is None else (grad_phi * phi).sum(-1)
 
 
 class WindowedAttention(torch.autograd.Function):
@@ -140,42 +172,20 @@ class WindowedAttention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         call = WindowCall(*args[:-1], *args[-1])
         keep = any(ctx.needs_input_grad)
-        o, den, S, states = forward(lay_out(call), call, keep)
-        B, T, heads, _ = call.q.shape
-        o = o.unflatten(0, (B, -1)).unflatten(2, (T, -1)).transpose(1, 2).reshape(B, T, heads, o.shape[-1])
-        S = S.unflatten(0, (B, -1))
-        ctx.geometry = call[10:]
+        o, den, far, states = forward(call, keep)
+        ctx.geometry, ctx.tensors = call[10:], 2 * len(states)
         if keep:
-            edge = torch.stack(states) if states else S.new_empty(0)
-            ctx.save_for_backward(*call[:10], o, den, edge, S)
-        return o.to(call.v.dtype), S
+            ctx.save_for_backward(*call[:10], o, den, far, *(part for state in states for part in state))
+        return o, far
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_far: Tensor) -> tuple[Any, ...]:
-        *inputs, o, den, edge, final = ctx.saved_tensors
+        inputs, (o, den, far, *parts) = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
         call = WindowCall(*inputs, *ctx.geometry)
-
-        def rows(x: Tensor) -> Tensor:
-            return x.unflatten(2, (call.k.shape[1], -1)).transpose(1, 2).reshape(*den.shape[:2], x.shape[-1])
-
-        g = backward(lay_out(call), call, rows(o), den, list(edge), final, rows(grad), grad_far)
-
-        def as_query(x: Tensor, like: Tensor) -> Tensor:
-            B, T, heads = call.q.shape[:3]
-            x = x.unflatten(0, (B, -1)).unflatten(2, (T, -1)).transpose(1, 2)
-            return x.reshape(B, T, heads, x.shape[-1]).to(like.dtype)
-
-        def as_key(x: Tensor, like: Tensor) -> Tensor:
-            return x.unflatten(0, like.shape[:2]).to(like.dtype)
-
-        log_decay = None
-        if g.log_decay is not None and call.log_decay is not None:
-            log_decay = as_key(g.log_decay, call.far).transpose(1, 2).to(call.log_decay.dtype)
-        return (
-            as_query(g.q, call.q), as_key(g.k, call.k), as_key(g.v, call.v), as_query(g.phi_q, call.phi_q),
-            as_key(g.phi_k, call.phi_k), as_query(g.log_scale, call.log_scale)[..., 0], log_decay,
-            as_key(g.state, call.far), as_key(g.sink_k, call.sink_k), as_key(g.sink_v, call.sink_v), None,
-        )  # fmt: skip
+        states = [State(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+        *grads, sink_k, sink_v, state = backward(call, o, den, states, split_state(far), grad, grad_far)
+        found = (*grads, torch.cat(state, -1).unflatten(0, far.shape[:2]), sink_k, sink_v)
+        return (*(g if g is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True)), None)
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ the normaliser. The backward pass recomputes each block from the inputs, o, and 
 Matrix products run in the inputs' dtype where that is bfloat16; logits, weights, sums and states in float32 or wider.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from lineament.ops.window_reference import common_scale
 from lineament.ops.window_state import WindowCall
 
 BLOCK = 64  # queries a block on a CPU: three heads of 64 x 192 logits stay in the second-level cache
+BITS = 1 / math.log(2)  # logits are taken in base 2: torch's exp2 is four times as fast as its exp on a CPU
 BLOCK_DEVICE = 256  # on a GPU, where a launch costs more than the extra logits
 
 
@@ -33,17 +35,32 @@ class Block(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """A call with heads in front: G = B Hk groups, R = T r rows (r query heads a step, side by side)."""
+    """A call seen block by block, heads in front: G = B Hk groups; r query heads share a group, side by side."""
 
-    q: Tensor  # [G, R, K]
-    k: Tensor  # [G, L, K]
-    v1: Tensor  # [G, L, V + 1], a one behind each value
-    phi_q: Tensor  # [G, R, F]
-    phi_k: Tensor  # [G, L, F]
-    log_scale: Tensor  # [G, R, 1]
-    log_decay: Tensor | None  # [G, T] float64
+    call: WindowCall
+    narrow: torch.dtype  # of matrix products
     sink_k: Tensor  # [G, s', K]
-    sink_v1: Tensor  # [G, s', V + 1]
+    sink_v: Tensor  # [G, s', V]
+
+    def rows(self, x: Tensor, b: "Block") -> Tensor:
+        """[B, T, Hq, X] -> the block's [G, C r, X]."""
+        x = x[:, b.start : b.stop].unflatten(2, (self.call.k.shape[1], -1)).transpose(1, 2)
+        return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], x.shape[4])
+
+    def rows_back(self, x: Tensor) -> Tensor:
+        """[G, C r, X] -> [B, C, Hq, X], not contiguous."""
+        B, Hk = self.call.k.shape[:2]
+        r = self.call.q.shape[2] // Hk
+        return x.view(B, Hk, x.shape[1] // r, r, x.shape[2]).transpose(1, 2).flatten(2, 3)
+
+    def keys(self, x: Tensor, low: int, high: int) -> Tensor:
+        """[B, Hk, L, X] -> [G, high - low, X] in the dtype of the products."""
+        return x[:, :, low:high].flatten(0, 1).to(self.narrow)
+
+
+def walk_of(call: WindowCall) -> Walk:
+    narrow = torch.bfloat16 if call.q.dtype == torch.bfloat16 else call.far.dtype
+    return Walk(call, narrow, call.sink_k.flatten(0, 1).to(narrow), call.sink_v.flatten(0, 1).to(narrow))
 
 
 def blocks(call: WindowCall) -> Iterator[Block]:
@@ -57,43 +74,11 @@ def blocks(call: WindowCall) -> Iterator[Block]:
         yield Block(start, stop, low, P + stop, max(0, P + stop - w - low), low - oldest)
 
 
-def lay_out(call: WindowCall) -> Walk:
-    """Copy a call's tensors into the layout the blocks are slices of."""
-    G = call.k.shape[0] * call.k.shape[1]
-    R = call.q.shape[0] * call.q.shape[1] * call.q.shape[2] // G
-    wide = call.far.dtype
-    narrow = torch.bfloat16 if call.q.dtype == torch.bfloat16 else wide
-
-    def rows(x: Tensor, dtype: torch.dtype) -> Tensor:  # [B, T, Hq, X] -> [G, T r, X]
-        return x.unflatten(2, (call.k.shape[1], -1)).transpose(1, 2).to(dtype).reshape(G, R, x.shape[-1])
-
-    def keys(x: Tensor) -> Tensor:
-        return x.to(narrow).reshape(G, *x.shape[2:])
-
-    def with_one(x: Tensor) -> Tensor:
-        padded = x.new_ones(G, x.shape[2], x.shape[3] + 1, dtype=narrow)
-        padded[..., :-1].unflatten(0, x.shape[:2]).copy_(x)
-        return padded
-
-    decay = call.log_decay
-    return Walk(
-        q=rows(call.q, narrow),
-        k=keys(call.k),
-        v1=with_one(call.v),
-        phi_q=rows(call.phi_q, narrow),
-        phi_k=keys(call.phi_k),
-        log_scale=rows(call.log_scale[..., None], wide),
-        log_decay=None if decay is None else decay.transpose(1, 2).reshape(G, -1).double(),
-        sink_k=keys(call.sink_k),
-        sink_v1=with_one(call.sink_v),
-    )
-
-
 class Masks:
     """Which weights of a block are exact and which are far: the same for all blocks but the first and the last few."""
 
     def __init__(self, call: WindowCall) -> None:
-        self.call, self.exact, self.far = call, {}, {}
+        self.call, self.exact, self.far, self.ones = call, {}, {}, {}
 
     def hidden(self, b: Block) -> Tensor:
         """[C, 1, s' + L], -inf where a key is outside the exact set of a query, else 0."""
@@ -118,6 +103,15 @@ class Masks:
             self.far[key] = torch.arange(b.left, device=i.device) + b.skip > i
         return self.far[key]
 
+    def pairs(self, b: Block, decay: "Decays | None") -> Tensor:
+        """[G or 1, C, 1, left], what a far weight inside the block is multiplied by: its decay, 0 or 1 without one."""
+        if decay is not None:
+            return decay.pair[:, :, None]
+        key = (b.stop - b.start, b.left, b.skip)
+        if key not in self.ones:
+            self.ones[key] = (~self.waiting(b)).to(self.call.far.dtype)[None, :, None]
+        return self.ones[key]
+
 
 class Decays(NamedTuple):
     """Factors e^(sums of log decay) of one block, all <= 1; the sums are taken in float64 and subtracted before exp."""
@@ -128,10 +122,11 @@ class Decays(NamedTuple):
     whole: Tensor  # [G]
 
 
-def decays(walk: Walk, b: Block, waiting: Tensor, wide: torch.dtype) -> Decays | None:
-    if walk.log_decay is None:
+def decays(walk: Walk, b: Block, waiting: Tensor) -> Decays | None:
+    log_decay, wide = walk.call.log_decay, walk.call.far.dtype
+    if log_decay is None:
         return None
-    clock = walk.log_decay[:, b.start : b.stop].cumsum(1)
+    clock = log_decay[:, b.start : b.stop].transpose(1, 2).flatten(0, 1).double().cumsum(1)
     entered = clock[:, b.skip : b.skip + b.left]
     pair = (clock[:, :, None] - entered[:, None]).masked_fill_(waiting, -torch.inf)
     last = clock[:, -1]
@@ -143,80 +138,95 @@ class Weights(NamedTuple):
 
     both: Tensor
     exact: Tensor | None  # kept apart for the backward pass only
+    q: Tensor  # [G, C r, K]
     phi: Tensor  # [G, C r, F], phi_q e^(lambda - c)
     near: Tensor  # [G, C r, 1], e^(lambda - c)
-    top: Tensor  # [G, C r, 1] largest exact logit (its index in the backward pass of the relative form)
+    top: Tensor  # [G, C r, 1], which exact logit is the largest; only in the backward pass of the relative form
     keys: Tensor  # [G, s' + L, K]
-    v1: Tensor  # [G, s' + L, V + 1]
+    values: Tensor  # [G, s' + L, V]
 
 
-def weigh(walk: Walk, b: Block, masks: Masks, decay: Decays | None, relative: bool, apart: bool) -> Weights:
+def weigh(walk: Walk, b: Block, masks: Masks, decay: Decays | None, apart: bool) -> Weights:
     """Compute the weights of block b on the keys it reads, those in the far state excepted."""
-    G, r = walk.q.shape[0], walk.q.shape[1] // masks.call.q.shape[1]
-    C, wide = b.stop - b.start, walk.log_scale.dtype
-    here = slice(b.start * r, b.stop * r)
-    keys, v1 = walk.k[:, b.low : b.high], walk.v1[:, b.low : b.high]
-    sinks = walk.sink_k.shape[1]
+    call, wide, sinks = walk.call, walk.call.far.dtype, walk.sink_k.shape[1]
+    r = call.q.shape[2] // call.k.shape[1]
+    keys, values = (walk.keys(x, b.low, b.high) for x in (call.k, call.v))
     if sinks:
-        keys, v1 = torch.cat([walk.sink_k, keys], 1), torch.cat([walk.sink_v1, v1], 1)
-    logits = torch.bmm(walk.q[:, here], keys.mT).to(wide)
-    logits.view(G, C, r, -1).add_(masks.hidden(b))
-    top, where = logits.max(-1, keepdim=True) if apart and relative else (logits.amax(-1, keepdim=True), None)
-    log_scale = walk.log_scale[:, here] + top if relative else walk.log_scale[:, here]
-    lift, near = common_scale(top, log_scale)
-    both = logits.sub_(top.add_(lift)).exp_()
-    exact = both.clone() if apart else None
-    phi = walk.phi_q[:, here] * near
-    if b.left:
-        far = torch.bmm(phi.to(walk.phi_k.dtype), walk.phi_k[:, b.low : b.low + b.left].mT).view(G, C, r, b.left)
-        shown = both.view(G, C, r, -1)[..., sinks : sinks + b.left]
-        if decay is None:
-            shown.add_(far.masked_fill_(masks.waiting(b)[:, None], 0))
+        keys, values = torch.cat([walk.sink_k, keys], 1), torch.cat([walk.sink_v, values], 1)
+    q = walk.rows(call.q, b).to(walk.narrow)
+    logits = torch.bmm(q, keys.mT).to(wide)
+    steps = logits.unflatten(1, (-1, r))
+    torch.add(masks.hidden(b), steps, alpha=BITS, out=steps)
+    top, where = logits.max(-1, keepdim=True) if apart and call.relative else (logits.amax(-1, keepdim=True),) * 2
+    log_scale = walk.rows(call.log_scale[..., None], b).to(wide) * BITS
+    lift, near = common_scale(top, log_scale + top if call.relative else log_scale, torch.exp2)
+    both = logits.sub_(top + lift).exp2_()
+    exact = both.clone() if apart and b.left else both if apart else None
+    phi = walk.rows(call.phi_q, b) * near
+    if b.left and phi.shape[-1]:
+        phi_k = walk.keys(call.phi_k, b.low, b.low + b.left)
+        far = torch.bmm(phi.to(walk.narrow), phi_k.mT).unflatten(1, (-1, r))
+        shown = both[..., sinks : sinks + b.left].unflatten(1, (-1, r))
+        shown.addcmul_(far.to(wide), masks.pairs(b, decay))
+    return Weights(both, exact, q, phi, near, where, keys, values)
+
+
+class State(NamedTuple):
+    """The far state in two parts, which keeps the widths of the products round; moved on in place."""
+
+    sum: Tensor  # [G, F, V]
+    norm: Tensor  # [G, F, 1]
+
+    def copy(self) -> "State":
+        return State(self.sum.clone(), self.norm.clone())
+
+    def push_(self, walk: Walk, b: Block, decay: Decays | None) -> None:
+        """Decay over a block, and write the keys that left the window."""
+        if decay is not None:
+            self.sum.mul_(decay.whole[:, None, None])
+            self.norm.mul_(decay.whole[:, None, None])
+        if not b.left:
+            return
+        phi, v = (walk.keys(x, b.low, b.low + b.left) for x in (walk.call.phi_k, walk.call.v))
+        if decay is not None:
+            phi = (phi * decay.end[..., None]).to(phi.dtype)
+        if self.sum.dtype == phi.dtype:
+            self.sum.baddbmm_(phi.mT, v)
         else:
-            shown.addcmul_(far.to(wide), decay.pair[:, :, None])
-    return Weights(both, exact, phi, near, top if where is None else where, keys, v1)
+            self.sum.add_(torch.bmm(phi.mT, v))
+        self.norm.add_(phi.sum(1, dtype=self.norm.dtype)[..., None])
 
 
-def forward(walk: Walk, call: WindowCall, keep: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Return o [G, R, V], the denominators [G, R, 1], the last far state and, to keep, the state before each block."""
-    narrow, wide = walk.q.dtype, call.far.dtype
-    r, V = walk.q.shape[1] // call.q.shape[1], walk.v1.shape[2] - 1
-    o = walk.q.new_empty(*walk.q.shape[:2], V)
-    den = walk.log_scale.new_empty(walk.log_scale.shape)
-    S, masks, states = call.far.flatten(0, 1).clone(), Masks(call), []
+def split_state(far: Tensor) -> State:
+    """[B, Hk, F, V + 1] -> two copies with heads in front."""
+    far = far.flatten(0, 1)
+    return State(*(x.clone(memory_format=torch.contiguous_format) for x in (far[..., :-1], far[..., -1:])))
+
+
+def forward(call: WindowCall, keep: bool) -> tuple[Tensor, Tensor, Tensor, list[State]]:
+    """Return o [B, T, Hq, V], the denominators [B, T, Hq, 1], the last far state, and the state before each block."""
+    walk, masks, states = walk_of(call), Masks(call), []
+    wide, r = call.far.dtype, call.q.shape[2] // call.k.shape[1]
+    o = call.v.new_empty(*call.q.shape[:3], call.v.shape[-1])
+    den = call.far.new_empty(*call.q.shape[:3], 1)
+    state = split_state(call.far)
     reads = bool(call.phi_q.shape[-1])
     for b in blocks(call):
-        here = slice(b.start * r, b.stop * r)
-        decay = decays(walk, b, masks.waiting(b), wide) if reads else None
-        x = weigh(walk, b, masks, decay, call.relative, apart=False)
+        decay = decays(walk, b, masks.waiting(b)) if reads else None
+        x = weigh(walk, b, masks, decay, apart=False)
         total = x.both.sum(-1, keepdim=True)
-        out = torch.bmm(x.both.to(narrow), x.v1[..., :V]).to(wide)
+        out = torch.bmm(x.both.to(walk.narrow), x.values).to(wide)
         if reads:
             phi = x.phi if decay is None else spread(x.phi, decay.begin, r)
-            far = torch.bmm(phi.to(narrow), S.to(narrow))
-            out.add_(far[..., :V])
-            total.add_(far[..., V:])
+            out.add_(torch.bmm(phi.to(walk.narrow), state.sum.to(walk.narrow)))
+            total.add_(torch.bmm(phi.to(wide), state.norm))
             if keep:
-                states.append(S.clone())
-            _push_(S, walk, b, decay)
-        o[:, here] = out.div_(total)
-        den[:, here] = total
-    return o, den, S, states
-
-
-def _push_(S: Tensor, walk: Walk, b: Block, decay: Decays | None) -> None:
-    """Move the state over a block: decay it, and write the keys that left the window."""
-    if decay is not None:
-        S.mul_(decay.whole[:, None, None])
-    if not b.left:
-        return
-    phi, v1 = walk.phi_k[:, b.low : b.low + b.left], walk.v1[:, b.low : b.low + b.left]
-    if decay is not None:
-        phi = (phi * decay.end[..., None]).to(phi.dtype)
-    if S.dtype == phi.dtype:
-        S.baddbmm_(phi.mT, v1)
-    else:
-        S.add_(torch.bmm(phi.mT, v1))
+                states.append(state.copy())
+            state.push_(walk, b, decay)
+        o[:, b.start : b.stop] = walk.rows_back(out.div_(total))
+        den[:, b.start : b.stop] = walk.rows_back(total)
+    far = torch.cat(state, dim=-1).unflatten(0, call.far.shape[:2])
+    return o, den, far, states
 
 
 def spread(x: Tensor, factor: Tensor, r: int) -> Tensor:

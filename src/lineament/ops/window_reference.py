@@ -1,5 +1,7 @@
 """Windowed attention as its definition says: every weight of a dense [T, keys] matrix, in plain operators."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,15 +11,16 @@ HEADROOM = 40.0  # nats that the far part's logit may raise the common scale abo
 CEILING = 100.0  # nats beyond which the far part's logit is cut: the exact part then weighs less than 1e-26
 
 
-def common_scale(top: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+def common_scale(top: Tensor, log_scale: Tensor, exp: Callable[[Tensor], Tensor] = torch.exp) -> tuple[Tensor, Tensor]:
     """Return (c - top, e^(lambda - c)) for the common scale c = max(top, lambda), safe where lambda is -inf or huge.
 
     c cancels in the quotient, so it's held at top + 40 at most: the exact part then never underflows, and a query whose
-    far state is still empty reads its window even if lambda is far above its logits.
+    far state is still empty reads its window even if lambda is far above its logits. `exp` is torch.exp2 where the
+    logits are in base 2.
     """
     gap = (log_scale - top).clamp(max=CEILING)
     lift = gap.detach().clamp(0, HEADROOM)
-    return lift, (gap - lift).exp()
+    return lift, exp(gap - lift)
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
