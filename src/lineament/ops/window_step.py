@@ -49,41 +49,39 @@ def windowed_step_(
         raise RuntimeError("windowed_step_ writes in place and has no gradient; use windowed_linear_attention to train")
     far, keys, values, features, count = state
     B, Hk, slots, K = keys.shape
+    V, wide = v.shape[-1], far.dtype
     reads = phi_q is not None and phi_k is not None and log_scale is not None and features.shape[-1] > 0
     if reads and log_decay is not None:
-        far.mul_(log_decay.to(far.dtype).exp()[..., None, None])
+        far.mul_(log_decay.to(wide).exp()[..., None, None])
     counts = count.tolist()
-    even = counts.count(counts[0]) == B
-    write = _write_even_ if even else _write_uneven_
+    write = _write_even_ if counts.count(counts[0]) == B else _write_uneven_
     write(state, k, v, phi_k if reads else None, counts, window, sinks)
     count.add_(1)
-    out = q.new_zeros(0)
-    wide = far.dtype
-    if slots:
-        logits = torch.matmul(q.view(B, Hk, -1, K), keys.mT).to(wide)
-        if min(counts) < slots - 1:
-            empty = torch.arange(slots, device=q.device) >= count[:, None]
-            logits = logits.masked_fill_(empty[:, None, None], -torch.inf)
-        top = logits.amax(-1, keepdim=True)
-    if not reads:
-        return torch.matmul(torch.softmax(logits, -1).to(v.dtype), values).view(B, -1, v.shape[-1])
-    phi = phi_q.view(B, Hk, -1, phi_q.shape[-1]).to(wide)
     if not slots:
-        out = torch.matmul(phi, far)
-        return (out[..., :-1] / (out[..., -1:] + 1e-6)).to(v.dtype).view(B, -1, v.shape[-1])
-    log_scale = log_scale.to(wide).expand(B, -1).view(B, Hk, -1, 1)
+        out = torch.matmul(phi_q.view(B, Hk, -1, far.shape[2]).to(wide), far)
+        return (out[..., :-1] / (out[..., -1:] + 1e-6)).to(v.dtype).view(B, -1, V)
+    logits = torch.bmm(q.reshape(B * Hk, -1, K), keys.view(-1, slots, K).mT).to(wide)
+    if min(counts) < slots - 1:
+        empty = torch.arange(slots, device=q.device) >= count[:, None]
+        logits.view(B, -1, slots).masked_fill_(empty[:, None], -torch.inf)
+    if not reads:
+        weight = torch.softmax(logits, -1).to(v.dtype)
+        return torch.bmm(weight, values.view(-1, slots, V)).view(B, -1, V)
+    top = logits.amax(-1, keepdim=True)
+    log_scale = log_scale.to(wide).expand(B, -1).reshape(top.shape)
     lift, near = common_scale(top, log_scale + top if relative else log_scale)
     weight = logits.sub_(top.add_(lift)).exp_()
-    read = torch.matmul(phi.mul(near), far)
-    out = torch.matmul(weight.to(values.dtype), values).add(read[..., :-1])
+    phi = phi_q.reshape(B * Hk, -1, features.shape[-1]).mul(near)
+    read = torch.bmm(phi.to(wide), far.view(B * Hk, -1, V + 1))
+    out = torch.bmm(weight.to(values.dtype), values.view(-1, slots, V))
     total = weight.sum(-1, keepdim=True).add_(read[..., -1:])
-    return (out / total).to(v.dtype).view(B, -1, v.shape[-1])
+    return out.add(read[..., :-1]).div_(total).to(v.dtype).view(B, -1, V)
 
 
 def _push_(far: Tensor, phi: Tensor, v: Tensor) -> None:
     """Add phi [.., F] times [v, 1] [.., V + 1] to the far state [.., F, V + 1]."""
-    far[..., :-1].addcmul_(phi[..., None].to(far.dtype), v[..., None, :].to(far.dtype))
-    far[..., -1].add_(phi)
+    far.narrow(-1, 0, v.shape[-1]).addcmul_(phi[..., None].to(far.dtype), v[..., None, :].to(far.dtype))
+    far.select(-1, -1).add_(phi)
 
 
 def _write_even_(
@@ -96,12 +94,14 @@ def _write_even_(
             _push_(far, phi_k, v)
         return
     slot = n if n < sinks else sinks + (n - sinks) % window
+    value = values.select(2, slot)
     if phi_k is not None:
+        feature = features.select(2, slot)
         if n >= sinks + window:
-            _push_(far, features[:, :, slot], values[:, :, slot])
-        features[:, :, slot] = phi_k
-    keys[:, :, slot] = k
-    values[:, :, slot] = v
+            _push_(far, feature, value)
+        feature.copy_(phi_k)
+    keys.select(2, slot).copy_(k)
+    value.copy_(v)
 
 
 def _write_uneven_(
