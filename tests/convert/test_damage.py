@@ -9,7 +9,7 @@ from convert_helpers import tiny_llama
 from lineament._base.errors import InputError
 from lineament.convert.measure import estimate_damage, measure_damage
 from lineament.convert.plan import Plan
-from lineament.convert.probe import limit_heads, probing
+from lineament.convert.probe import limit_heads, mix_heads, probing
 from lineament.convert.select import DamageTable, answer_samples, correlation, kept_heads, text_sample
 
 WINDOW, SINKS = 8, 2
@@ -25,8 +25,9 @@ def ids(rows=2, length=48, seed=0):
 
 
 def samples():
-    prompts = [(row, 3) for row in ids(3, 40, seed=1)]
-    return [text_sample(ids(), first=10, every=2), *answer_samples(prompts, batch=2)]
+    answer = torch.zeros(3, 40, dtype=torch.bool)
+    answer[:, -3:] = True
+    return [text_sample(ids(), first=10, every=2), *answer_samples(ids(3, 40, seed=1), answer, batch=2)]
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +109,41 @@ def test_damage_equals_the_plain_way(teacher):
     assert all(x >= -1e-6 for row in table.kl for x in row)
 
 
-def test_the_estimate_is_the_slope(teacher):
-    """One backward equals a finite difference along one head's gate."""
-    estimate = damage(teacher, estimate_damage)
+def test_the_estimate_knows_the_worst_heads(teacher):
+    """One backward ranks the heads much as the measurement does."""
+    estimate, measured = damage(teacher, estimate_damage), damage(teacher)
     assert estimate.about["method"] == "gates"
-    found = correlation(damage(teacher), estimate)
+    found = correlation(measured, estimate)
     assert set(found) == {"kl", "retrieval", "worst_quarter_shared"}
+    assert found["kl"] > 0
+
+
+def test_the_estimate_is_a_slope(teacher):
+    """The retrieval column equals a finite difference along one head's gate."""
+    layer, head, step = 1, 0, 1e-3
+    answers = samples()[1:]
+    estimate = estimate_damage(
+        teacher, *parts(teacher), answers, key_heads=2, window=WINDOW, sinks=SINKS, teacher="x"
+    )
+
+    def loss(gate):
+        def handle(call):
+            full = call.ordinary()
+            if call.layer != layer:
+                return full
+            limited = mix_heads(full, call.limited(WINDOW, SINKS), (head,), 2)
+            return full + gate * (limited - full)
+
+        total, count = 0.0, 0
+        for one in answers:
+            with torch.no_grad(), probing(parts(teacher)[1], handle):
+                logs = teacher(input_ids=one.ids).logits.double().log_softmax(-1)
+            picked = logs[one.rows, one.positions - 1].gather(-1, one.ids[one.rows, one.positions][:, None])
+            total, count = total - float(picked.sum()), count + len(one.rows)
+        return total / count
+
+    slope = (loss(step) - loss(-step)) / (2 * step)
+    assert estimate.retrieval[layer][head] == pytest.approx(slope, abs=2e-3, rel=0.02)
 
 
 def table(rows):

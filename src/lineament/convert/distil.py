@@ -1,7 +1,6 @@
 """End-to-end distillation: the student's predictions are pulled to the teacher's, on text and on far-back answers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from lineament._base.seeds import generator, seeded
 from lineament.convert.divergence import distil_loss
 from lineament.convert.plan import Plan
 from lineament.convert.precision import autocast
+from lineament.convert.prompts import MakePrompts
 from lineament.convert.text import Corpus
 from lineament.train import FitConfig, fit
 
@@ -23,29 +23,8 @@ Batches = Callable[[int], Batch]
 ANSWER_WEIGHT = 4.0  # an answer's token counts as this many tokens of text: prompts are long, answers short
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """Retrieval prompts with their answers at the end, drawn by step number.
-
-    Args:
-        make: (length, count, seed) -> list of (ids with the answer, length of the answer).
-    """
-
-    make: Callable[[int, int, int], Sequence[tuple[Tensor, int]]]
-
-    def batch(self, step: int, length: int, rows: int, seed: int) -> Batch:
-        """Return ids [rows, T] padded to the right and the weight of each prediction [rows, T - 1]."""
-        made = self.make(length, rows, seed * 1_000_003 + step)
-        ids = torch.nn.utils.rnn.pad_sequence([one for one, _ in made], batch_first=True)
-        weight = torch.zeros(ids.shape[0], ids.shape[1] - 1)
-        for row, (one, answer) in enumerate(made):
-            weight[row, : len(one) - 1] = 1.0
-            weight[row, len(one) - 1 - answer : len(one) - 1] = ANSWER_WEIGHT
-        return {"ids": ids, "weight": weight}
-
-
 def batches(
-    plan: Plan, corpus: Corpus, prompts: Prompts | None, lengths: Sequence[int], *, offset: int = 0
+    plan: Plan, corpus: Corpus, prompts: MakePrompts | None, lengths: Sequence[int], *, offset: int = 0
 ) -> Batches:
     """Return the batch of a step: text or, for the plan's share of steps, retrieval prompts. Lengths take turns."""
 
@@ -55,7 +34,8 @@ def batches(
         rows = max(1, plan.distil_tokens // length)
         lot = torch.rand(1, generator=generator(plan.seed * 7919 + step)).item()
         if prompts is not None and lot < plan.distil_retrieval:
-            return prompts.batch(step, length, rows, plan.seed)
+            ids, answer = prompts(length, rows, step)
+            return {"ids": ids, "weight": torch.where(answer[:, 1:], ANSWER_WEIGHT, 1.0)}
         ids = corpus.batch(step, length, rows)
         return {"ids": ids, "weight": torch.ones(rows, length - 1)}
 

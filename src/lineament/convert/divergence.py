@@ -59,4 +59,5 @@ def distil_loss(
         1.0986
     """
     total, means = _Distil.apply(student, teacher, targets, kl.float(), following.float())
-    return total, {"kl": float(means[0]), "next": float(means[1])}
+    kl_mean, next_mean = means.detach().tolist()
+    return total, {"kl": kl_mean, "next": next_mean}

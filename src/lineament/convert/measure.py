@@ -89,35 +89,25 @@ def estimate_damage(
     about: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> DamageTable:
-    """Estimate the same table by one backward per sample: the slope of the loss along a gate on each head.
+    """Estimate the same table by one backward per sample: the slope along a gate on each head.
 
-    `o = o_full + g (o_limited - o_full)` with g = 0; damage is about dloss/dg. The KL has no slope at g = 0, so its
-    column holds the squared slope summed over the scored tokens' losses (its leading term, up to a factor).
+    `o = o_full + g (o_limited - o_full)`. Text is scored by the slope of the KL to the whole model at g = 1/2 (at
+    g = 0 the KL has none), answers by the slope of their loss at g = 0. About a tenth of the cost of measuring.
     """
     shape = (len(layers), key_heads)
-    gates = torch.zeros(shape, requires_grad=True, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name in ("perplexity", "kl", "retrieval")}
     counts = {kind: sum(len(s.rows) for s in samples if s.kind == kind) for kind in ("text", "retrieval")}
     flags = [p.requires_grad for p in model.parameters()]
     training = model.training
     model.eval().requires_grad_(False)
-
-    def handle(call: Call) -> Tensor:
-        full, limited = call.ordinary(), call.limited(window, sinks)
-        group = full.shape[2] // key_heads
-        gate = gates[call.layer].repeat_interleave(group)[:, None]
-        return full + gate * (limited - full)
-
     try:
         for done, sample in enumerate(samples):
-            batch, place = _batch(sample)
-            with torch.enable_grad(), probing(attentions, handle):
-                losses, _ = _losses(model(**batch).logits, sample, place)
-                (slope,) = torch.autograd.grad(losses.sum(), gates)
             text = sample.kind == "text"
-            sums["perplexity" if text else "retrieval"] += slope.double().cpu()
-            if text:
-                sums["kl"] += slope.double().cpu().square() / len(sample.rows)
+            gates = torch.full(shape, 0.5 if text else 0.0, device=device, requires_grad=True)
+            slopes = _slopes(model, attentions, sample, gates, key_heads, (window, sinks))
+            for name, slope in zip(("perplexity", "kl") if text else ("retrieval",), slopes, strict=False):
+                sums[name] += slope.double().cpu()
             if on_progress:
                 on_progress(done + 1, len(samples))
     finally:
@@ -126,6 +116,28 @@ def estimate_damage(
         model.train(training)
     means = {n: s / max(1, counts["retrieval" if n == "retrieval" else "text"]) for n, s in sums.items()}
     return _table(means, window, sinks, teacher, {"method": "gates", **counts, **(about or {})})
+
+
+def _slopes(
+    model: nn.Module, attentions: Sequence[nn.Module], sample: Sample, gates: Tensor, key_heads: int,
+    exact: tuple[int, int],
+) -> list[Tensor]:  # fmt: skip
+    """Return the slopes along the gates of the summed loss and, for text, of the summed KL to the whole model."""
+
+    def handle(call: Call) -> Tensor:
+        full, limited = call.ordinary(), call.limited(*exact)
+        gate = gates[call.layer].repeat_interleave(full.shape[2] // key_heads)[:, None]
+        return full + gate * (limited - full)
+
+    batch, place = _batch(sample)
+    with torch.no_grad():
+        _, whole = _losses(model(**batch).logits, sample, place)
+    with torch.enable_grad(), probing(attentions, handle):
+        losses, logs = _losses(model(**batch).logits, sample, place)
+        wanted = [losses.sum()]
+        if sample.kind == "text":
+            wanted.append((whole.exp() * (whole - logs)).sum())
+        return [torch.autograd.grad(one, gates, retain_graph=True)[0] for one in wanted]
 
 
 def _table(means: dict[str, Tensor], window: int, sinks: int, teacher: str, about: dict[str, Any]) -> DamageTable:

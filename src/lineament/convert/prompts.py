@@ -1,34 +1,32 @@
-"""Retrieval prompts as token ids with the answer at the end, for placement and for training."""
+"""Retrieval prompts by step number, for placement and for training; those for evaluation are worded otherwise."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lineament.tasks import make_prompts
+from lineament.tasks.haystack import Haystack
+from lineament.tasks.retrieval import train_examples
 
-KINDS = ("digits", "words", "two-needles", "key-value")
-MakePrompts = Callable[[int, int, int], Sequence[tuple[Tensor, int]]]
+MakePrompts = Callable[[int, int, int], tuple[Tensor, Tensor]]
+NEAR = 64  # tokens between the window's end and the nearest fact
 
 
-def training_prompts(tokenizer: Any, filler: Sequence[str], templates: str) -> MakePrompts:
-    """Return a maker of prompts: (length, count, seed) -> list of (ids with the answer, length of the answer).
+def prompt_maker(tokenizer: Any, filler: Sequence[str], templates: str, *, window: int, seed: int) -> MakePrompts:
+    """Return (length, rows, step) -> (ids [rows, length], answer bool [rows, length]); kinds take turns.
 
     Args:
-        filler: documents that the needles are hidden in. templates: "train" or "place"; the "test" ones are for
-            evaluation alone. Kinds take turns.
+        filler: documents that the facts are hidden in. templates: "train" or "place".
+        window: facts lie beyond it.
     """
+    hay, makers = Haystack(filler, tokenizer), {}
 
-    def make(length: int, count: int, seed: int) -> list[tuple[Tensor, int]]:
-        found: list[tuple[Tensor, int]] = []
-        for turn in range(count):
-            kind = KINDS[(turn + seed) % len(KINDS)]
-            (one,) = make_prompts(
-                tokenizer, kind, length, 1, templates=templates, filler=filler, seed=seed * 1009 + turn
+    def make(length: int, rows: int, step: int) -> tuple[Tensor, Tensor]:
+        key = (length, rows)
+        if key not in makers:
+            makers[key] = train_examples(
+                tokenizer, hay, length, rows, templates=templates, seed=seed, beyond=window + NEAR
             )
-            ids = torch.tensor([*one.ids, *one.answer], dtype=torch.long)
-            found.append((ids[-length:], len(one.answer)))
-        return found
+        return makers[key](step)
 
     return make

@@ -11,7 +11,7 @@ from lineament import io
 from lineament._base.errors import InputError
 from lineament.convert import stages
 from lineament.convert.check import require_fit
-from lineament.convert.parts import load, look
+from lineament.convert.folders import load, look
 from lineament.convert.plan import Plan
 from lineament.convert.plans import plan as plan_named
 from lineament.convert.progress import Progress

@@ -6,7 +6,7 @@ the rise of the loss on text, the KL to the whole model, and the rise of the los
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -191,16 +191,10 @@ def text_sample(ids: torch.Tensor, *, first: int, every: int = 4) -> Sample:
     return Sample("text", ids, rows, at.repeat(ids.shape[0]))
 
 
-def answer_samples(prompts: Sequence[tuple[torch.Tensor, int]], batch: int = 8) -> list[Sample]:
-    """Score the answers: prompts are (ids with the answer at the end, length of the answer), padded to the right."""
+def answer_samples(ids: torch.Tensor, answer: torch.Tensor, batch: int = 8) -> list[Sample]:
+    """Score the answers of prompts: ids [N, T] and which tokens are answers, bool [N, T]."""
     samples = []
-    for at in range(0, len(prompts), batch):
-        some = prompts[at : at + batch]
-        ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in some], batch_first=True)
-        pairs = [(r, p) for r, (one, n) in enumerate(some) for p in range(len(one) - n, len(one))]
-        rows, positions = (torch.tensor(x) for x in zip(*pairs, strict=True))
-        samples.append(Sample("retrieval", ids, rows, positions))
+    for at in range(0, len(ids), batch):
+        rows, positions = answer[at : at + batch].nonzero(as_tuple=True)
+        samples.append(Sample("retrieval", ids[at : at + batch], rows, positions))
     return samples
-
-
-Progress = Callable[[int, int], None]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from lineament.convert.parts import Parts, converted, lora_targets, parts, stude
 from lineament.convert.plan import Plan
 from lineament.convert.precision import autocast, resolve
 from lineament.convert.progress import Progress
-from lineament.convert.prompts import training_prompts
+from lineament.convert.prompts import MakePrompts, prompt_maker
 from lineament.convert.select import DamageTable, Heads
-from lineament.convert.text import Corpus, require_length, tokenised
+from lineament.convert.text import Corpus, Documents, flat, make_corpus, require_length
 from lineament.convert.thresholds import bar_of
 from lineament.report import Evidence
 
@@ -37,15 +37,16 @@ class Job:
     """One conversion: the plan and everything it works on.
 
     Args:
-        documents: {"train", "calibration", "test": texts}. name: the teacher's name as the user gave it.
+        documents: {"train", "place", "test": {name: texts}}. name: the teacher's name as the user gave it.
     """
 
     plan: Plan
     info: ModelInfo
     teacher: nn.Module
     tokenizer: Any
-    documents: Mapping[str, Sequence[str]]
+    documents: Documents
     name: str
+    _corpora: dict[str, Corpus] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +60,15 @@ class Job:
 
     def corpus(self, split: str) -> Corpus:
         """Return the tokenised documents of a split."""
-        return Corpus(tokenised(self.documents[split], self.tokenizer), seed=self.plan.seed)
+        if split not in self._corpora:
+            self._corpora[split] = make_corpus(self.documents[split], self.tokenizer, self.plan.seed)
+        return self._corpora[split]
+
+    def prompts(self, split: str) -> MakePrompts:
+        """Return the maker of retrieval prompts of a split ("train" or "place")."""
+        return prompt_maker(
+            self.tokenizer, flat(self.documents[split]), split, window=self.plan.window, seed=self.plan.seed
+        )
 
     def require_text(self) -> None:
         """Check that the text is long enough for every batch of the plan."""
@@ -68,7 +77,7 @@ class Job:
         lengths += [*plan.distil_lengths] * (plan.distil != "none")
         lengths += [*plan.extend_lengths] * bool(plan.extend_steps)
         if lengths:
-            require_length(dict(self.documents), self.tokenizer, max(lengths))
+            require_length(self.corpus("train"), max(lengths))
 
 
 def is_main() -> bool:
@@ -125,17 +134,14 @@ def damage(job: Job, work: Path, progress: Progress) -> DamageTable | None:
 def damage_table(job: Job, digest: str, on_progress: Callable[[int, int], None] | None = None) -> DamageTable:
     """Measure (or estimate) damage on calibration text and "place" prompts."""
     plan, found = job.plan, parts(job.teacher)
-    corpus = job.corpus("calibration")
+    corpus = job.corpus("place")
     longest = min(2048, job.info.positions or 2048, plan.damage_tokens, *_shortest(job))
     first = min(plan.window + plan.sinks, longest // 2)
     rows = max(1, plan.damage_tokens // longest)
     samples = [select.text_sample(corpus.batch(step, longest, 1), first=first) for step in range(rows)]
     if plan.damage_prompts:
         length = min(512, job.info.positions or 512)
-        made = training_prompts(job.tokenizer, job.documents["calibration"], "place")(
-            length, plan.damage_prompts, plan.seed
-        )
-        samples += select.answer_samples(made)
+        samples += select.answer_samples(*job.prompts("place")(length, plan.damage_prompts, 0))
     method = measure.measure_damage if plan.damage == "measured" else measure.estimate_damage
     on = [replace_device(sample, job.device) for sample in samples]
     with autocast(job.precision, job.device):
@@ -147,8 +153,7 @@ def damage_table(job: Job, digest: str, on_progress: Callable[[int, int], None] 
 
 
 def _shortest(job: Job) -> list[int]:
-    total = sum(len(one) for one in tokenised(job.documents["calibration"], job.tokenizer))
-    return [total] if total else []
+    return [job.corpus("place").tokens]
 
 
 def replace_device(sample: select.Sample, device: torch.device) -> select.Sample:
@@ -173,7 +178,7 @@ def inherit(job: Job, full: Heads, work: Path, progress: Progress) -> nn.Module:
     def make() -> None:
         length = min(max(plan.transfer_lengths), plan.calibration_tokens, *_shortest(job))
         rows = max(1, plan.calibration_tokens // length)
-        windows = [job.corpus("calibration").batch(step, length, 1) for step in range(rows)]
+        windows = [job.corpus("place").batch(step, length, 1) for step in range(rows)]
         for layer, pool in _pools(job, found, windows, full, fillings):
             if layer in fillings:
                 calibrate(fillings[layer], pool, window=plan.window, sinks=plan.sinks)
@@ -277,16 +282,13 @@ def pool_windows(job: Job) -> list[Tensor]:
     asked = round(plan.distil_retrieval * plan.transfer_pool)
     windows = [job.corpus("train").batch(step, length, 1) for step in range(plan.transfer_pool - asked)]
     if asked:
-        make = training_prompts(job.tokenizer, job.documents["train"], "train")
-        windows += [ids[None] for ids, _ in make(length, asked, plan.seed)]
+        windows += list(job.prompts("train")(length, asked, 0)[0].split(1))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(plan.seed)).tolist()
     return [windows[one] for one in order]
 
 
 def _draw(job: Job, lengths: Sequence[int], offset: int = 0) -> distillation.Batches:
-    prompts = None
-    if job.plan.distil_retrieval:
-        prompts = distillation.Prompts(training_prompts(job.tokenizer, job.documents["train"], "train"))
+    prompts = job.prompts("train") if job.plan.distil_retrieval else None
     return distillation.batches(job.plan, job.corpus("train"), prompts, lengths, offset=offset)
 
 
@@ -354,7 +356,7 @@ def evaluation(job: Job, student: nn.Module, full: Heads, work: Path, progress: 
             untrained = student_of(job.teacher, mixer_configs(bare, parts(job.teacher).shapes, full), share=True)
         limit = job.info.positions or max(plan.evaluate_lengths)
         evidence = evaluate(
-            student, job.teacher, job.tokenizer, texts=test_texts(job), untrained=untrained, bar=bar_of(plan),
+            student, job.teacher, job.tokenizer, texts=job.documents["test"], untrained=untrained, bar=bar_of(plan),
             lengths=[n for n in plan.evaluate_lengths if n <= limit], tokens=plan.evaluate_tokens,
             prompts=plan.evaluate_prompts, seed=plan.seed, on_row=lambda row: progress.note(say_row(row)),
         )  # fmt: skip
@@ -369,13 +371,6 @@ def _unmeasured(plan: Plan) -> Evidence:
         name="conversion", rows=[], claim="not measured", threshold="none set", passed=None, seeds=[plan.seed],
         seconds=0.0, notes="the plan asked for no evaluation (evaluate_tokens=0)",
     )  # fmt: skip
-
-
-def test_texts(job: Job) -> dict[str, list[str]]:
-    """Return {name: test documents} for every text of the plan."""
-    from lineament.convert.text import load_documents
-
-    return {name: load_documents([name])["test"] for name in job.plan.data}
 
 
 def say_row(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,193 @@
+"""Models and students by name: looked at without their weights, loaded, measured, reported."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lineament import io
+from lineament._base.errors import InputError
+from lineament.convert.inspect import Inspection, ModelInfo, info_from_config, inspection
+from lineament.convert.plan import Plan, parse_keep
+from lineament.convert.select import Heads, kept_heads
+from lineament.report import Evidence
+
+Model = str | Path | tuple[Any, Any]
+ENCODER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def look(model: Model) -> ModelInfo:
+    """Read a model's shape from its config and the headers of its weights, loading none of them.
+
+    Raises:
+        InputError: nothing there, not a model, weights missing or broken, a pickle, an encoder, no tokenizer.
+    """
+    if isinstance(model, tuple):
+        config = model[0].config
+        name = getattr(config, "_name_or_path", "") or type(model[0]).__name__
+        count = sum(one.numel() for one in model[0].parameters())
+        return _decoder(info_from_config(config, name=str(name), parameters=count), config)
+    from transformers import AutoConfig
+
+    from lineament.models import find_model
+
+    folder = find_model(model)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json; expected a transformers model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"{folder}/config.json is not a model's config: {error}") from None
+    weights = io.open_weights(folder)
+    count = sum(_numel(weights.shape(name)) for name in weights.names)
+    largest = max((weights.dtype(name).itemsize for name in weights.names), default=4)
+    info = info_from_config(config, name=str(model), parameters=count, weight_bytes=largest)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise InputError(f"{folder} has no tokenizer; save it there (tokenizer.save_pretrained)")
+    return _decoder(info, config)
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _decoder(info: ModelInfo, config: Any) -> ModelInfo:
+    """Refuse encoders: they attend in both directions."""
+    names = tuple(getattr(config, "architectures", None) or ())
+    both_ways = getattr(config, "is_encoder_decoder", False) or any(one.endswith(ENCODER_HEADS) for one in names)
+    if both_ways or (names and not any("LM" in one or "Conditional" in one for one in names)):
+        raise InputError(
+            f"{info.name} is an encoder ({', '.join(names)}); this plan is for decoders, such as LlamaForCausalLM"
+        )
+    return info
+
+
+def load(model: Model) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer, in float32 for work on a CPU, and check that its weights are numbers.
+
+    Raises:
+        InputError: a tensor holds NaN or infinity (named), or the tokenizer is missing.
+    """
+    if isinstance(model, tuple):
+        teacher, tokenizer = model
+    else:
+        from lineament.models import load_teacher
+
+        teacher, tokenizer = load_teacher(model)
+    io.check_finite(dict(teacher.named_parameters()), source=str(getattr(teacher.config, "_name_or_path", "the model")))
+    if tokenizer is None:
+        raise InputError("the model has no tokenizer; give (model, tokenizer)")
+    return teacher.eval().requires_grad_(False), tokenizer
+
+
+def inspect(model: Model, plan: Plan | str = "default", *, contexts: Sequence[int] = (2048, 8192, 32768)) -> Inspection:
+    """Show what a plan would do to a model: layers, cache bytes against context, memory. No weights are loaded.
+
+    Raises:
+        InputError: the model can't be read, a context of 0, or the plan does not fit it.
+    """
+    from lineament.convert.check import check
+    from lineament.convert.plans import plan as plan_named
+
+    plan, info = plan_named(plan), look(model)
+    if any(context < 1 for context in contexts):
+        raise InputError(f"contexts are {list(contexts)}; expected at least 1 token each")
+    if problems := check(plan, info):
+        raise InputError("; ".join(problems))
+    full: Heads | None = None
+    if not parse_keep(plan.keep)[0].startswith("auto"):
+        full = kept_heads(plan, info.layers, info.key_heads)
+    return inspection(info, plan, full, contexts)
+
+
+def evaluate_folder(
+    student: str | Path,
+    teacher: str | Path | None = None,
+    *,
+    lengths: Sequence[int] = (512, 2048, 8192),
+    tokens: int = 32768,
+    prompts: int = 40,
+    data: Sequence[str] | None = None,
+    speed: bool = True,
+    lm_eval_tasks: Sequence[str] = (),
+    seed: int = 0,
+) -> Evidence:
+    """Measure a student's folder beside its teacher.
+
+    Args:
+        student: folder of a converted model. teacher: default: the one named in the student's plan.
+        data: text names; default: those of the student's plan. Only the test split is read.
+        lm_eval_tasks: tasks of lm-eval run on the student as well (needs the extra eval).
+
+    Raises:
+        InputError: no teacher is known, a length below 2, or a folder can't be read.
+    """
+    from lineament.convert.evaluate import RETRIEVAL_LENGTHS, evaluate
+    from lineament.convert.text import load_documents
+    from lineament.convert.thresholds import bar_of
+
+    if wrong := [length for length in lengths if length < 2]:
+        raise InputError(f"length {wrong[0]}: expected a context of at least 2 tokens")
+    about = _about(Path(student))
+    teacher = teacher or about.get("teacher")
+    if teacher is None:
+        raise InputError(f"{student} does not name its teacher; give --teacher")
+    ours, tokenizer = load(student)
+    theirs, _ = load(teacher)
+    plan = Plan.from_json(about["plan"]) if "plan" in about else None
+    names = tuple(data or (plan.data if plan else ("wiki-sample", "docs")))
+    limit = info_from_config(theirs.config, name="").positions or max(lengths)
+    evidence = evaluate(
+        ours, theirs, tokenizer, texts=load_documents(names)["test"], tokens=tokens, prompts=prompts, speed=speed,
+        lengths=[one for one in lengths if one <= limit], bar=bar_of(plan) if plan else None, seed=seed,
+        retrieval_lengths=[one for one in RETRIEVAL_LENGTHS if one <= limit],
+        untrained=_untrained(theirs, ours, plan),
+    )  # fmt: skip
+    return _with_lm_eval(evidence, ours, tokenizer, lm_eval_tasks) if lm_eval_tasks else evidence
+
+
+def _about(student: Path) -> dict[str, Any]:
+    path = student / "lineament.json"
+    return io.read_json(path) if path.is_file() else {}
+
+
+def _untrained(teacher: nn.Module, student: nn.Module, plan: Plan | None) -> nn.Module | None:
+    """Return window + sinks with the student's softmax heads and the teacher's weights; None when it has no window."""
+    from lineament.convert.parts import converted, student_of
+
+    if plan is None or not plan.window + plan.sinks or plan.mixer == "softmax-window":
+        return None
+    from dataclasses import replace
+
+    configs = {
+        one.layer: replace(one.config, kind="softmax-window", options={}) for one in converted(student).values()
+    }
+    return student_of(teacher, configs, share=True)
+
+
+def _with_lm_eval(evidence: Evidence, model: nn.Module, tokenizer: Any, tasks: Sequence[str]) -> Evidence:
+    from dataclasses import replace
+
+    from lineament._base.extras import require
+
+    lm_eval = require("lm_eval", extra="eval")
+    wrapped = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer)
+    results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks))["results"]
+    rows = [
+        {"measure": f"lm-eval {task} {name}", "student": value}
+        for task, found in results.items()
+        for name, value in found.items()
+        if isinstance(value, float)
+    ]
+    return replace(evidence, rows=[*evidence.rows, *rows])
+
+
+def write_report(evidence: Evidence, path: str | Path) -> Path:
+    """Write an evaluation as one HTML file with its table and curves."""
+    from lineament.convert.pages import report_page
+
+    return report_page(evidence, Path(path))

@@ -1,0 +1,85 @@
+"""Problems are named before anything is loaded; the budget becomes steps."""
+
+import pytest
+
+from lineament.convert.budget import Timing, resolve_budget
+from lineament.convert.check import check
+from lineament.convert.inspect import ModelInfo, inspection, kept_count, memory_plan, state_bytes
+from lineament.convert.plan import Plan
+from lineament.convert.thresholds import DEMO, HOUR, NO_SOFTMAX, bar_of
+
+INFO = ModelInfo(
+    name="m", kind="llama", layers=8, heads=4, key_heads=2, head_width=16, width=64, vocabulary=100,
+    parameters=1000, positions=4096,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": "0,9"}, "names layer 9; the model has layers 0 to 7"),
+        ({"keep": "auto:9"}, "asks for 9 layers; the model has 8"),
+        ({"keep": "every:9"}, "keeps nothing in 8 layers"),
+        ({"options": {"colour": 1}}, "has no option 'colour'"),
+        ({"mixer": "kda", "transfer_loss": "attention-kl"}, "use output-mse"),
+        ({"mixer": "softmax-window", "window": 0, "sinks": 0}, "attends to nothing"),
+        ({"mixer": "lolcats", "window": 0}, "needs a window"),
+        ({"distil_lengths": (8192,)}, "made for 4096 positions"),
+    ],
+)
+def test_each_problem_is_named(changes, message):
+    problems = check(Plan(**changes), INFO)
+    assert any(message in one for one in problems), problems
+
+
+def test_all_problems_at_once():
+    assert len(check(Plan(keep="0,9", options={"colour": 1}, distil_lengths=(8192,)), INFO)) == 3
+
+
+def test_the_default_plan_fits():
+    assert check(Plan(), INFO) == []
+
+
+def test_memory_and_disk_are_asked(tmp_path, monkeypatch):
+    big = ModelInfo(**{**vars(INFO), "parameters": 10**9})
+    assert any("of memory" in one for one in check(Plan(), big, memory=10**9))
+    monkeypatch.setattr("lineament.io.free_bytes", lambda path: 10)
+    assert any("of disk" in one for one in check(Plan(), big, tmp_path / "out", memory=10**15))
+
+
+def test_every_stage_has_a_memory_figure():
+    assert set(memory_plan(INFO, Plan())) == {"teacher", "transfer", "distil", "evaluate"}
+
+
+def test_inspection_counts_bytes():
+    found = inspection(INFO, Plan(keep="0,1"), {0: (0, 1), 1: (0, 1)}, (1024, 1 << 15))
+    (short, long) = found.caches
+    assert short["teacher"] == 8 * 2 * 2 * 16 * 4 * 1024
+    assert long["ratio"] < short["ratio"] < 1
+    assert found.rows[0]["then"] == "softmax"
+    assert found.to_json()["full_heads"] == {"0": [0, 1], "1": [0, 1]}
+    assert len(found.tables()) == 3
+
+
+def test_kept_heads_are_counted_without_a_table():
+    assert [kept_count(INFO, Plan(keep=k)) for k in ("none", "every:4", "0,3", "auto:3", "auto-heads:0.25")] == [
+        0, 4, 4, 6, 4,
+    ]  # fmt: skip
+    assert state_bytes(INFO, Plan(mixer="kda")) == 16 * 16 * 4
+
+
+def test_a_budget_becomes_steps():
+    timing = Timing(pool=5.0, transfer_step=2.0, distil_step=4.0)
+    plan = resolve_budget(Plan(budget="10min", budget_transfer=0.5, extend_steps=30, distil_steps=90), timing)
+    assert plan.transfer_steps == int((0.5 * 600 * 0.92 - 5) / 2)
+    assert plan.distil_steps + plan.extend_steps == int(0.5 * 600 * 0.92 / 4)
+    assert plan.extend_steps == round((plan.distil_steps + plan.extend_steps) / 4)
+    alone = resolve_budget(Plan(budget="10min", distil="none"), timing)
+    assert alone.transfer_steps == int((600 * 0.92 - 5) / 2)
+    assert resolve_budget(Plan(), timing) == Plan()
+
+
+def test_which_goals_a_plan_is_held_to():
+    assert bar_of(Plan()) is DEMO
+    assert bar_of(Plan(budget="1h")) is HOUR
+    assert bar_of(Plan(budget="1h", keep="none")) is NO_SOFTMAX
