@@ -1,0 +1,51 @@
+"""Students made of transformers models. Importing this room registers them with transformers' Auto classes.
+
+    import lineament.models                                            # registers "lineament-llama", ...
+    model = AutoModelForCausalLM.from_pretrained("student")            # an ordinary folder; generate() as ever
+
+- `build_student(teacher, {layer: MixerConfig}, *, share=False) -> student`: the teacher's weights with mixers in some
+  layers; layers not named stay softmax, and so do `MixerConfig.full_heads` inside a converted layer. Each converted
+  attention module gets a child `mixer` (`nn.ConvertedHeads`, its trainable part is `mixer.filling`).
+- `head_shape(config)`: heads, key_heads, key_width, value_width, model_width for `MixerConfig(kind=..., **shape)`.
+- `attentions(model) -> {layer: (name, module)}`, `mixers_of(student) -> {layer: ConvertedHeads}`,
+  `mixer_configs(config) -> {layer: MixerConfig}`, `sliding_layers(config)`, `adapter_for(model)`, `ADAPTERS`.
+- `StudentCache(config)`: what students keep between calls; made by itself when needed. `.nbytes()`, `.save(path)`,
+  `StudentCache.load(path, config)`, `crop(-n)` after `activate_past_recording()`, beam reorder, row select and repeat.
+- `load_teacher(name) -> (model, tokenizer)`: a folder, a Hub name, a .gguf file, or "smollm2".
+- `write_text(model, prompt, ...)`: generate and say how fast and with how large a cache.
+- `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
+"""
+
+from lineament.models.adapters import ADAPTERS, Adapter, adapter_for, attentions, head_shape, sliding_layers
+from lineament.models.cache import StudentCache
+from lineament.models.student import (
+    build_student,
+    config_for,
+    mixer_configs,
+    mixers_of,
+    register,
+    register_all,
+    student_class,
+)
+from lineament.models.tiny import tiny, tiny_teacher
+
+register_all()
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "StudentCache",
+    "adapter_for",
+    "attentions",
+    "build_student",
+    "config_for",
+    "head_shape",
+    "mixer_configs",
+    "mixers_of",
+    "register",
+    "register_all",
+    "sliding_layers",
+    "student_class",
+    "tiny",
+    "tiny_teacher",
+]

@@ -1,0 +1,194 @@
+"""The "lineament" attention function, and the two thin classes that bring it what it needs.
+
+A converted attention module runs its teacher's own forward (projections, norms, RoPE, output projection) with the cache
+withheld; transformers' attention interface then hands q, k and v to `attend`, which calls the module's `mixer`. The
+decoder's forward finds padding and packing once per call, for all layers.
+"""
+
+import inspect
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lineament._base.errors import InputError
+from lineament.models.cache import MixerLayer, StudentCache, adopt
+from lineament.nn import Rows
+
+NAME = "lineament"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a mixer needs beside q, k and v: the layer's input x [B, T, D], its cache layer, padding and packing."""
+
+    x: Tensor
+    memory: MixerLayer | None
+    rows: Rows | None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    lineament: Call | None = None,
+    lineament_rows: Rows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a student's layer: its mixer, or ordinary softmax where the layer has none.
+
+    Args:
+        query: [B, Hq, T, K], positions applied, not scaled. key, value: [B, Hk, T, K].
+        attention_mask: transformers' mask, for layers without a mixer.
+        scaling: what softmax multiplies the products by.
+
+    Returns:
+        [B, T, Hq, V], and None (there are no weights to give).
+    """
+    mixer = getattr(module, "mixer", None)
+    if mixer is None or lineament is None:
+        return ordinary(module, query, key, value, attention_mask, scaling, **kwargs)
+    q = query.transpose(1, 2)
+    q = q * (query.shape[-1] ** -0.5 if scaling is None else scaling) if scaling != 1.0 else q
+    k, v = key.transpose(1, 2), value.transpose(1, 2)
+    if lineament.memory is not None:
+        return lineament.memory.advance(mixer, q, k, v, lineament.x, lineament.rows), None
+    return mixer(q, k, v, x=lineament.x, rows=lineament.rows, keep=False)[0], None
+
+
+def ordinary(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention as the teacher has it: SDPA, or its own eager form where logits are squashed."""
+    if kwargs.get("softcap") is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if attention_mask is None and query.shape[2] > 1:
+        T, L = query.shape[2], key.shape[2]
+        attention_mask = torch.ones(T, L, dtype=torch.bool, device=query.device).tril(L - T)[None, None]
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        low = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, low)
+    teacher = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("transformers."))
+    eager = sys.modules[teacher.__module__].eager_attention_forward
+    return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def mask(config: Any = None, **kwargs: Any) -> Tensor | None:
+    """The mask of the layers without a mixer; none is made when every layer has one."""
+    text = config.get_text_config(decoder=True)
+    layers = (getattr(text, "lineament", None) or {}).get("layers", {})
+    return None if len(layers) == text.num_hidden_layers else sdpa_mask(config=config, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
+
+
+class _Attention(nn.Module):
+    """A teacher's attention module with the cache withheld and a mixer in softmax's place."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name = "layer_past" if "layer_past" in kwargs else "past_key_values"
+        past = kwargs.pop(name, None)
+        memory = None if past is None else past.layers[self.layer_idx]
+        if memory is not None and not isinstance(memory, MixerLayer):
+            raise InputError(f"layer {self.layer_idx} got a {type(memory).__name__}; pass StudentCache(model.config)")
+        x = args[0] if args else kwargs["hidden_states"]
+        if len(args) > 1:  # past_key_values as a position
+            raise InputError(f"{type(self).__name__} takes its arguments by name")
+        call = Call(x, memory, kwargs.get("lineament_rows"))
+        return super().forward(*args, **kwargs, lineament=call)
+
+
+class _Decoder(nn.Module):
+    """A teacher's decoder that finds padding and packing once and makes the right cache."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(_parameters(type(self)), args, strict=False))
+        return super().forward(**prepared(self, kwargs))
+
+
+@cache
+def _parameters(cls: type) -> list[str]:
+    """Names of a decoder's own arguments, for calls that give them by position."""
+    base = next(c for c in cls.__mro__ if c.__module__.startswith("transformers."))
+    return list(inspect.signature(base.forward).parameters)[1:]
+
+
+@cache
+def attention_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a converted attention module whose teacher is `cls`."""
+    return type(f"Lineament{cls.__name__}", (_Attention, cls), {"__module__": __name__})
+
+
+@cache
+def decoder_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a student's decoder whose teacher is `cls`."""
+    return type(f"Lineament{cls.__name__}", (_Decoder, cls), {"__module__": __name__})
+
+
+def prepared(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Add the cache and the padding and packing to a decoder's arguments."""
+    given = kwargs.get("input_ids")
+    given = kwargs["inputs_embeds"] if given is None else given
+    past = kwargs.get("past_key_values")
+    if past is not None:
+        kwargs["past_key_values"] = past = adopt(past, decoder.config)
+    elif kwargs.get("use_cache") is None and decoder.training:
+        kwargs["use_cache"] = False
+    rows = find_rows(kwargs, *given.shape[:2], bool(past is not None and past.get_seq_length()))
+    packed = rows is not None and rows.valid is None
+    if packed and past is not None:
+        raise InputError("position_ids restart inside a call with a cache; give each document its own row or call")
+    if packed:
+        kwargs["use_cache"] = False
+        kwargs["attention_mask"] = None  # all ones; transformers looks for packing only without one
+    wants = kwargs.get("use_cache")
+    if past is None and (decoder.config.use_cache if wants is None else wants):
+        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            kwargs["use_cache"] = False
+        else:
+            kwargs["past_key_values"] = StudentCache(decoder.config)
+    kwargs["lineament_rows"] = rows
+    return kwargs
+
+
+def find_rows(kwargs: dict[str, Any], batch: int, length: int, continued: bool) -> Rows | None:
+    """Find padding (attention_mask [B, past + T]) and packing (position_ids that restart) of a call; None for neither.
+
+    With padding in the mask, restarts are not read as packing, as in transformers.
+    """
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if mask is not None and mask.dim() != 2:
+        raise InputError(f"attention_mask has {mask.dim()} axes; a student takes a padding mask [B, T] only")
+    exporting = torch.compiler.is_exporting()
+    if mask is not None:
+        if exporting:
+            raise InputError("export a student without attention_mask: which tokens are padding can't be traced")
+        mask = mask[:, mask.shape[1] - length :]
+        if not bool(mask.all()):
+            return Rows.make(mask)
+    positions = kwargs.get("position_ids")
+    if positions is None or length == 1 or exporting or positions.dim() != 2:
+        return None
+    starts = torch.nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0))
+    if not bool(starts.any()):
+        return None
+    return Rows.make(None, starts.expand(batch, -1))

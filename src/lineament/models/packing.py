@@ -1,0 +1,82 @@
+"""A cache layer as named tensors and a JSON value, and back: what `StudentCache.save` writes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lineament._base.errors import InputError
+from lineament.nn import CountedState, DeltaState, KeyValues, LayerState
+from lineament.nn.state import leaves
+from lineament.ops.window import WindowState
+
+STATES: dict[str, Any] = {cls.__name__: cls for cls in (WindowState, CountedState, DeltaState)}
+
+
+def _shape(state: Any) -> Any:
+    """Describe a state's tree: null, "tensor", or [class name, parts]."""
+    if state is None or isinstance(state, Tensor):
+        return None if state is None else "tensor"
+    return [type(state).__name__, [_shape(part) for part in state]]
+
+
+def _rebuild(shape: Any, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
+    if shape is None:
+        return None
+    if shape == "tensor":
+        return tensors[prefix or "0"]
+    cls = STATES[shape[0]]
+    parts = [_rebuild(s, tensors, f"{prefix}.{n}" if prefix else n) for n, s in zip(cls._fields, shape[1], strict=True)]
+    return cls(*parts)
+
+
+def flatten(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a layer's tensors, cut to what is in use, and what else it must remember."""
+    about: dict[str, Any] = {"class": type(layer).__name__}
+    if hasattr(layer, "state"):
+        held = {f"filling.{name}": x for name, x in leaves(layer.state.filling)}
+        full, length = _buffer(layer.state.full)
+        held |= {f"full.{name}": x for name, x in full.items()}
+        return held, {**about, "seen": layer.seen, "length": length, "state": _shape(layer.state.filling)}
+    if hasattr(layer, "buffer"):
+        held, length = _buffer(layer.buffer)
+        return held, {**about, "length": length}
+    held = {name: x for name in ("keys", "values") if isinstance(x := getattr(layer, name, None), Tensor)}
+    return held, {**about, "seen": getattr(layer, "cumulative_length", None)}
+
+
+def _buffer(buffer: KeyValues | None) -> tuple[dict[str, Tensor], int | None]:
+    if buffer is None:
+        return {}, None
+    axes = {"keys": 2, "values": 2, "valid": 1}
+    return {n: x.narrow(axes[n], 0, buffer.length) for n, x in buffer.tensors().items()}, buffer.length
+
+
+def _fill(tensors: Mapping[str, Tensor], length: int | None) -> KeyValues | None:
+    if length is None:
+        return None
+    buffer = KeyValues()
+    buffer.keys, buffer.values, buffer.valid = (tensors.get(n) for n in ("keys", "values", "valid"))
+    buffer.length = length
+    return buffer
+
+
+def unflatten(layer: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any], source: str) -> None:
+    """Put what `flatten` returned into a fresh layer."""
+    if about.get("class") != type(layer).__name__:
+        raise InputError(f"{source} has a {about.get('class')} where this model needs a {type(layer).__name__}")
+    if hasattr(layer, "state"):
+        parts = {name.removeprefix("filling."): x for name, x in tensors.items() if name.startswith("filling.")}
+        full = {name.removeprefix("full."): x for name, x in tensors.items() if name.startswith("full.")}
+        layer.state = LayerState(_rebuild(about["state"], parts), _fill(full, about["length"]))
+        layer.seen = int(about["seen"])
+    elif hasattr(layer, "buffer"):
+        layer.buffer = _fill(tensors, about["length"]) or KeyValues()
+        if "keys" in tensors:
+            layer.dtype, layer.device, layer.is_initialized = tensors["keys"].dtype, tensors["keys"].device, True
+            layer.keys, layer.values = tensors["keys"], tensors["values"]
+    elif "keys" in tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+        if about["seen"] is not None:
+            layer.cumulative_length = int(about["seen"])
