@@ -1,8 +1,8 @@
 """Running a decoder layer by layer, and going on from the middle, with exactly the model's own arithmetic.
 
 Embedding, masks, positions and the head are never imitated. The model's own forward runs each time, with the layers
-that are not wanted passing their input on: that costs an embedding lookup and the masks, and works for any decoder whose
-layers are called one after the other with the hidden states as first argument.
+that are not wanted passing their input on: that costs an embedding lookup and the masks, and works for any decoder
+whose layers are called one after the other with the hidden states as first argument.
 """
 
 import inspect
