@@ -6,14 +6,16 @@ from pathlib import Path
 from lineament._base.errors import InputError, near_miss
 from lineament.data.carriers import cloud_docs, docstrings, python_topics
 from lineament.data.files import SUFFIXES, from_hub, from_path
-from lineament.data.packing import PackedTokens, batches, pack, split_documents, tokenize, windows
+from lineament.data.packing import PackedTokens, Tokenizer, batches, beginning, pack, split_documents, tokenize, windows
 from lineament.data.wiki import wiki_sample
 
 __all__ = [
     "NAMES",
     "SPLITS",
     "PackedTokens",
+    "Tokenizer",
     "batches",
+    "beginning",
     "load_text",
     "pack",
     "split_documents",

@@ -51,6 +51,16 @@ def split_documents(docs: Iterable[str], fractions: Mapping[str, float], seed: i
     return parts
 
 
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """Return what a tokenizer puts in front of every text: its beginning-of-sequence token, or nothing.
+
+    Models trained with one (Gemma, Llama) lean on it; texts are cut and packed with it in front.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    front = tokenizer("")["input_ids"][:1] if bos is not None else []
+    return [bos] if front == [bos] else []
+
+
 def tokenize(docs: Sequence[str], tokenizer: Tokenizer) -> list[Tensor]:
     """Return the token ids of each document, int64 [T], without special tokens."""
     if not docs:
@@ -81,7 +91,7 @@ class PackedTokens:
 def pack(
     docs: Sequence[str], tokenizer: Tokenizer, length: int, *, boundaries: bool = True, end: int | None = None
 ) -> PackedTokens:
-    """Put documents one behind another and cut them into rows.
+    """Put documents one behind another, each with the tokenizer's beginning token if any, and cut them into rows.
 
     Args:
         docs: the documents.
@@ -95,9 +105,11 @@ def pack(
     """
     if length < 1:
         raise InputError(f"length is {length}; expected at least 1 token")
-    ids = tokenize(docs, tokenizer)
-    if end is not None:
-        ids = [torch.cat([i, torch.tensor([end])]) for i in ids]
+    front, back = (
+        torch.tensor(beginning(tokenizer), dtype=torch.int64),
+        torch.tensor([] if end is None else [end]).long(),
+    )
+    ids = [torch.cat([front, i, back]) for i in tokenize(docs, tokenizer)]
     flat, lengths = torch.cat(ids), torch.tensor([len(i) for i in ids])
     rows = len(flat) // length
     if rows == 0:
@@ -116,7 +128,8 @@ def windows(docs: Sequence[str], tokenizer: Tokenizer, length: int, *, max_token
     """Cut windows that each lie inside one document, for scoring.
 
     The first window of every document comes first, then every second one, and so on: however few tokens are asked
-    for, they come from as many documents as possible. Windows do not overlap.
+    for, they come from as many documents as possible. Windows do not overlap; each begins with the tokenizer's
+    beginning-of-sequence token if it has the habit of putting one.
 
     Args:
         docs: the documents.
@@ -131,7 +144,11 @@ def windows(docs: Sequence[str], tokenizer: Tokenizer, length: int, *, max_token
         InputError: no document is long enough.
     """
     ids = tokenize(docs, tokenizer)
-    found = [(n, d, i[n * length : (n + 1) * length]) for d, i in enumerate(ids) for n in range(len(i) // length)]
+    front = torch.tensor(beginning(tokenizer), dtype=torch.int64)
+    own = length - len(front)
+    if own < 1:
+        raise InputError(f"length is {length}; expected at least {len(front) + 1} tokens")
+    found = [(n, d, i[n * own : (n + 1) * own]) for d, i in enumerate(ids) for n in range(len(i) // own)]
     if not found:
         longest = max(len(i) for i in ids)
         raise InputError(
@@ -139,7 +156,7 @@ def windows(docs: Sequence[str], tokenizer: Tokenizer, length: int, *, max_token
         )
     found.sort(key=lambda item: item[:2])
     count = len(found) if max_tokens is None else max(1, max_tokens // length)
-    return torch.stack([window for _, _, window in found[:count]])
+    return torch.stack([torch.cat([front, window]) for _, _, window in found[:count]])
 
 
 def batches(packed: PackedTokens, size: int, *, seed: int = 0) -> Callable[[int], dict[str, Tensor]]:
