@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lineament._base.errors import unknown
 from lineament.nn.config import MixerConfig
-from lineament.nn.feature_maps import FEATURE_MAPS
+from lineament.nn.feature_maps import FEATURE_MAPS, Hedgehog
+from lineament.nn.folded import Folded, fold_gates
 from lineament.nn.state import State, widened
 from lineament.ops.window import lolcats_attention, lolcats_step_, windowed_linear_attention, windowed_step_
 
@@ -63,6 +64,8 @@ class HedgehogWindow(nn.Module):
         self.gate_key = nn.Parameter(torch.empty(Hk, K)) if key_gate else None
         self.gate_bias = nn.Parameter(torch.empty(Hk)) if key_gate else None
         self.decay = nn.Parameter(torch.empty(Hk)) if decay else None
+        self._folds = isinstance(self.map_q, Hedgehog) and form == "softmax"
+        self._folded = Folded()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,17 +92,54 @@ class HedgehogWindow(nn.Module):
             log_decay = -nn.functional.softplus(widened(self.decay)).expand(k.shape[:-1])
         return phi_q, phi_k, log_scale, log_decay
 
+    def step_gates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return what `gates` does for one token, q [B, Hq, K] and k [B, Hk, K], by one product."""
+        weight, bias, log_decay = self._folded.get(list(self.parameters()), self._fold)
+        heads = q.shape[1]
+        y = torch.baddbmm(bias, torch.cat([q, k], dim=1).transpose(0, 1).to(weight.dtype), weight).transpose(0, 1)
+        gate, y = y[..., -1], y[..., :-1]
+        phi = torch.stack([y, -y], dim=-2).softmax(-1).flatten(-2)
+        phi_k = phi[:, heads:]
+        if self.gate_key is not None:
+            phi_k = phi_k * gate[:, heads:, None].exp()
+        decay = log_decay.expand(k.shape[:-1]) if self.decay is not None else None
+        return phi[:, :heads], phi_k, gate[:, :heads], decay
+
+    def _fold(self) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = self.map_q, self.map_k
+        none_q, none_k = self.log_scale.new_zeros(q.shape[:2]), self.log_scale.new_zeros(k.shape[:2])
+        factors, biases = [], []
+        for m, root in ((q, self.root), (k, 1 / self.root)):
+            heat = widened(self.log_scale.new_ones(m.shape[0]) if m.temperature is None else m.temperature.exp())
+            factors.append(heat * root)
+            biases.append(None if m.bias is None else widened(m.bias) * heat[:, None])
+        weight, bias = fold_gates(
+            (widened(q.weight), widened(k.weight)),
+            (factors[0], factors[1]),
+            (biases[0], biases[1]),
+            (
+                widened(none_q if self.scale_query is None else self.scale_query),
+                widened(none_k if self.gate_key is None else self.gate_key),
+            ),
+            (
+                widened(self.log_scale),
+                widened(none_k[:, 0] if self.gate_bias is None else self.gate_bias),
+            ),
+        )
+        decay = none_k[:, 0] if self.decay is None else -nn.functional.softplus(widened(self.decay))
+        return weight, bias, decay
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
-        phi_q, phi_k, log_scale, log_decay = self.gates(q, k)
         near = {"window": self.config.window, "sinks": self.config.sinks}
         if cu_seqlens is None and stepping(q.shape[1], state):
-            scale = log_scale[:, 0] if log_scale.dim() == 3 else log_scale
-            one = (part[:, 0] for part in (q, k, v, phi_q, phi_k))
-            decay = None if log_decay is None else log_decay[:, 0]
-            return windowed_step_(*one, scale, state, log_decay=decay, **near)[:, None], state
+            q, k, v = q[:, 0], k[:, 0], v[:, 0]
+            *gates, log_decay = self.step_gates(q, k) if self._folds else self.gates(q, k)
+            return windowed_step_(q, k, v, *gates, state, log_decay=log_decay, **near)[:, None], state
+        self._folded.forget()
+        phi_q, phi_k, log_scale, log_decay = self.gates(q, k)
         return windowed_linear_attention(
             q, k, v, phi_q, phi_k, log_scale, log_decay=log_decay, state=state, cu_seqlens=cu_seqlens, **near
         )
