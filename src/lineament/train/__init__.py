@@ -1,0 +1,6 @@
+"""One training loop, on Accelerate: resumable to the bit, logged as JSON lines, saved whole or not at all."""
+
+from lineament.train.config import OPTIMIZERS, SCHEDULES, FitConfig
+from lineament.train.loop import Fitted, TrainingError, fit
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "FitConfig", "Fitted", "TrainingError", "fit"]

@@ -1,0 +1,270 @@
+"""The one training loop."""
+
+import hashlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lineament._base.errors import InputError, LineamentError
+from lineament._base.seeds import seeded
+from lineament.train import checkpoint
+from lineament.train.config import FitConfig
+
+Batches = Callable[[int], Any]
+Loss = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, float]]]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a call of `fit` did: steps in all, seconds of this call, the log, and the last step's numbers."""
+
+    steps: int
+    seconds: float
+    metrics: Path | None
+    last: Mapping[str, float]
+
+
+class TrainingError(LineamentError):
+    """The loss or the gradient is no longer a number."""
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    config: FitConfig,
+    *,
+    out: str | Path | None = None,
+    resume: bool = True,
+    accelerator: Accelerator | None = None,
+    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+    description: str = "train",
+) -> Fitted:
+    """Train the parameters of a model that require a gradient, in place.
+
+    Args:
+        model: any module, in the mode it shall train in.
+        batches: index -> batch; `config.accumulate` consecutive indices make one step. A function of the index, so
+            that a run goes on exactly where it was. Processes share a step's batches, or a batch's rows.
+        loss: (model, batch) -> (scalar, named numbers).
+        out: folder for the checkpoint and metrics.jsonl; None keeps nothing.
+        resume: go on from the checkpoint in `out`; the result is that of an uninterrupted run, to the bit (same
+            machine and threads). False starts anew.
+        accelerator: as made by the caller; by default as `accelerate launch` configures it.
+        on_step: called with (step, numbers) after every step.
+
+    Raises:
+        InputError: nothing can learn, or the checkpoint belongs to other settings. TrainingError: the loss is not a
+        number. KeyboardInterrupt: after Ctrl-C, when the step is finished and saved.
+    """
+    accelerator = accelerator or Accelerator()
+    run = _Run(model, config, accelerator, None if out is None else Path(out))
+    began, numbers = time.perf_counter(), {}
+    with seeded(config.seed), _interrupts() as stop, _progress(description, config.steps, accelerator) as show:
+        first = run.start(resume)
+        show(first, {})
+        for step in range(first, config.steps):
+            numbers = run.step(step, batches, loss)
+            if on_step:
+                on_step(step, numbers)
+            show(step + 1, numbers)
+            run.log(step, numbers)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stop.is_set():
+                run.save(step + 1)
+            if stop.is_set():
+                raise KeyboardInterrupt
+    return Fitted(config.steps, time.perf_counter() - began, run.metrics, numbers)
+
+
+class _Run:
+    """The parts of a run that belong together: what learns, its optimiser, its folder."""
+
+    def __init__(self, model: nn.Module, config: FitConfig, accelerator: Accelerator, out: Path | None):
+        self.config, self.accelerator, self.out = config, accelerator, out
+        self.metrics = None if out is None else out / checkpoint.METRICS
+        names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        groups = _groups(names, config)
+        optimizer = _optimizer(groups, config)
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.parameters = {names[p]: p for group in groups for p in group["params"]}
+        self.model, self.wrapped = accelerator.prepare(model, optimizer)
+        self.optimizer = optimizer
+        # sharded parameters can't be saved by name; such a run is not resumable in the middle
+        self.by_name = accelerator.distributed_type.value in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")
+
+    @property
+    def digest(self) -> str:
+        """Name everything that decides the course of a run; how often it is saved and logged does not."""
+        values = {k: v for k, v in asdict(self.config).items() if k not in ("checkpoint_every", "log_every")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def start(self, resume: bool) -> int:
+        """Return the first step to run, after going back to the checkpoint if there is one."""
+        if self.out is None:
+            return 0
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not resume or not self.by_name or not (self.out / checkpoint.FILE).exists():
+            if self.accelerator.is_main_process:
+                (self.out / checkpoint.FILE).unlink(missing_ok=True)
+                (self.out / checkpoint.METRICS).unlink(missing_ok=True)
+            self.accelerator.wait_for_everyone()
+            return 0
+        done = checkpoint.load(self.out, self.parameters, self.optimizer, self.digest)
+        if self.accelerator.is_main_process:
+            checkpoint.log_up_to(self.out / checkpoint.METRICS, done)
+        return done
+
+    def step(self, step: int, batches: Batches, loss: Loss) -> dict[str, float]:
+        """Run one optimiser step and return its numbers, averaged over batches and processes."""
+        config = self.config
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * config.factor(step)
+        mine = _share(step, batches, config.accumulate, self.accelerator)
+        total: dict[str, float] = {}
+        for index, batch in enumerate(mine):
+            last = index + 1 == len(mine)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                value, numbers = self._forward(loss, batch)
+                self.accelerator.backward(value / len(mine))
+            for name, number in {"loss": float(value.detach()), **numbers}.items():
+                total[name] = total.get(name, 0.0) + float(number) / len(mine)
+        total = self._averaged(total)
+        norm = self._clip()
+        if not math.isfinite(total["loss"]) or not math.isfinite(norm):
+            what = "loss" if not math.isfinite(total["loss"]) else "gradient"
+            raise TrainingError(f"the {what} is not a number at step {step}; try a lower lr or precision fp32")
+        self.wrapped.step()
+        self.wrapped.zero_grad(set_to_none=True)
+        return {**total, "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _forward(self, loss: Loss, batch: Any) -> tuple[Tensor, Mapping[str, float]]:
+        device = self.accelerator.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return loss(self.model, _to(batch, self.accelerator.device))
+
+    def _clip(self) -> float:
+        limit = math.inf if self.config.clip is None else self.config.clip
+        return float(self.accelerator.clip_grad_norm_(list(self.model.parameters()), limit))  # pyright: ignore[reportArgumentType]
+
+    def _averaged(self, numbers: dict[str, float]) -> dict[str, float]:
+        if self.accelerator.num_processes == 1:
+            return numbers
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.accelerator.device)
+        mean: Any = self.accelerator.reduce(values, reduction="mean")
+        return dict(zip(numbers, mean.tolist(), strict=True))
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Append one JSON line to the log."""
+        if self.metrics is None or not self.accelerator.is_main_process or step % self.config.log_every:
+            return
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+
+    def save(self, step: int) -> None:
+        """Replace the checkpoint by one after `step` steps."""
+        if self.out is not None and self.by_name and self.accelerator.is_main_process:
+            checkpoint.save(self.out, step, self.parameters, self.optimizer, self.digest)
+        self.accelerator.wait_for_everyone()
+
+
+def _groups(names: Mapping[nn.Parameter, str], config: FitConfig) -> list[dict[str, Any]]:
+    """Return the optimiser's groups: one per learning rate and weight decay, in the model's order."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for p, name in names.items():
+        rate = config.rate(name)
+        if rate is None:
+            raise InputError(f"no learning rate for {name}; the globs are {', '.join(config.lr)}")  # pyright: ignore
+        groups.setdefault((rate, config.weight_decay if p.dim() > 1 else 0.0), []).append(p)
+    if not groups:
+        raise InputError("nothing can learn: no parameter of the model requires a gradient")
+    return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+
+
+def _optimizer(groups: list[dict[str, Any]], config: FitConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.betas[0])
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+
+
+def _share(step: int, batches: Batches, accumulate: int, accelerator: Accelerator) -> list[Any]:
+    """Return this process's part of a step: some of its batches, or else some rows of each."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    indices = range(step * accumulate, (step + 1) * accumulate)
+    if accumulate % world == 0:
+        return [batches(index) for index in indices[rank::world]]
+    return [_rows(batches(index), rank, world) for index in indices]
+
+
+def _rows(batch: Any, rank: int, world: int) -> Any:
+    if isinstance(batch, Mapping):
+        return {name: _rows(value, rank, world) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_rows(value, rank, world) for value in batch)
+    if not isinstance(batch, Tensor):
+        return batch
+    if batch.dim() == 0 or batch.shape[0] % world:
+        raise InputError(f"a batch of shape {list(batch.shape)} can't be shared by {world} processes; make accumulate "
+                         f"or the rows a multiple of {world}")  # fmt: skip
+    return batch.chunk(world)[rank]
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _to(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a flag, so that the step can finish; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress(description: str, steps: int, accelerator: Accelerator) -> Iterator[Callable[..., None]]:
+    """Yield (steps done, numbers) -> None, which draws a bar on a terminal and nothing elsewhere."""
+    if not (accelerator.is_main_process and sys.stderr.isatty()):
+        yield lambda done, numbers: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=steps, loss="")
+
+        def show(done: int, numbers: Mapping[str, float]) -> None:
+            bar.update(task, completed=done, loss=f"loss {numbers['loss']:.4f}" if numbers else "")
+
+        yield show
