@@ -4,7 +4,8 @@
     python benchmarks/ops.py --json FILE      # all lengths; half an hour, most of it spent in the peers
 
 B=1, H=8, K=V=64, float32. Every figure is a median over rounds in which all rows take turns, because only ratios within
-one run mean anything on a shared machine. A case is left out of later rounds once it has used its seconds.
+one run mean anything on a shared machine; seconds are those of the thread, so that waiting for other processes doesn't
+count. A case is left out of later rounds once it has used its seconds.
 """
 
 import argparse
@@ -135,9 +136,9 @@ def _record(found: Timings, key: tuple[str, int, str], call: Callable[[], object
         return
     if turn == 1 and spent:
         spent.clear()
-    start = time.perf_counter()
+    start = time.thread_time()
     call()
-    spent.append(time.perf_counter() - start)
+    spent.append(time.thread_time() - start)
 
 
 def extra_memory(name: str, T: int) -> float:

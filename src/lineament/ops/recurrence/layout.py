@@ -4,7 +4,6 @@ B batch, T tokens, Hs state heads, r query heads that read one state, s state he
 W width. Rows of a buffer are token-major (row i * r + j is head j of token i), so that blocks of tokens are contiguous.
 """
 
-import torch
 from torch import Tensor
 
 
@@ -16,15 +15,24 @@ def tiled(x: Tensor, heads: int) -> Tensor:
     return x.expand(B, H // rows, heads * rows // H, T, rows, W)
 
 
-def load(buffer: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
-    """Copy tokens start..stop of a tiled tensor into a buffer [B * Hs, C * r, W], zeros behind them, and return it."""
-    B, Hx, s, _, r, W = x.shape
-    target = buffer.view(B, Hx, s, -1, r, W)
-    size = stop - start
-    target[:, :, :, :size].copy_(x[:, :, :, start:stop])
-    if size < target.shape[3]:
-        target[:, :, :, size:].zero_()
-    return buffer
+class Loader:
+    """Copies tokens of a tiled tensor into one buffer [B * Hs, C * r, W], again and again."""
+
+    def __init__(self, buffer: Tensor, x: Tensor):
+        B, Hx, s, _, r, W = x.shape
+        self.buffer, self.x = buffer, x
+        self.target = buffer.view(B, Hx, s, -1, r, W)
+        self.size = self.target.shape[3]
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """Fill the buffer with tokens start..stop and zeros behind them, and return it."""
+        source = self.x[:, :, :, start:stop]
+        if stop - start == self.size:
+            self.target.copy_(source)
+        else:
+            self.target[:, :, :, : stop - start].copy_(source)
+            self.target[:, :, :, stop - start :].zero_()
+        return self.buffer
 
 
 def store(x: Tensor, buffer: Tensor, start: int, stop: int) -> None:
@@ -47,22 +55,3 @@ def chunks(length: int, size: int) -> list[tuple[int, int]]:
 def room_for(tokens: int, size: int) -> int:
     """Return the buffer length for a chunk of `tokens`: the chunk size, or for a short one the next power of two."""
     return size if tokens == size else 1 << (tokens - 1).bit_length()
-
-
-def blocks(x: Tensor, half: int, rows: int = 1) -> Tensor:
-    """View x [N, C * rows, W] as its blocks of two halves, [N, C / (2 half), 2, half * rows, W]."""
-    return x.view(x.shape[0], -1, 2, half * rows, x.shape[-1])
-
-
-def below(pairs: Tensor, half: int, rows: int = 1) -> Tensor:
-    """View, in pairs [N, C * rows, C], second halves against first halves: [N, half * rows, half, C / (2 half)]."""
-    N, _, C = pairs.shape
-    count = C // (2 * half)
-    square = pairs.view(N, count, 2, half * rows, count, 2, half)
-    return square[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)
-
-
-def zeros_like_tiled(x: Tensor, heads: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Allocate a tensor with x's shape and dtype, and return it with its tiled view."""
-    new = torch.empty(x.shape, dtype=(x if like is None else like).dtype, device=x.device)
-    return new, tiled(new, heads)

@@ -14,38 +14,36 @@ class UnitLowerInverse:
     """
 
     def __init__(self, count: int, size: int, like: Tensor):
-        self.size, self.base = size, min(BASE, size)
-        self.inverse = like.new_zeros(count, size, size)
+        self.base = min(BASE, size)
+        self.inverse, self.lower = like.new_zeros(count, size, size), like.new_empty(count, size, size)
         self.eye = torch.eye(self.base, dtype=like.dtype, device=like.device)
-        self.parts = {}
+        self.small = (_blocks(self.lower, self.base), _blocks(self.inverse, self.base))
+        self.joins = []
         half = self.base
         while half < size:
-            shape = (count * (size // (2 * half)), half, half)
-            self.parts[half] = tuple(like.new_empty(shape) for _ in range(4))
+            old, new = _blocks(self.inverse, 2 * half), _blocks(self.lower, 2 * half)
+            shape = (*old.shape[:2], half, half)
+            buffers = [like.new_empty(shape).flatten(0, 1) for _ in range(4)]
+            sources = (old[:, :, half:, half:], new[:, :, half:, :half], old[:, :, :half, :half])
+            views = [buffer.view(shape) for buffer in buffers]
+            self.joins.append((list(zip(views, sources, strict=False)), buffers, views[3], old[:, :, half:, :half]))
             half *= 2
 
-    def __call__(self, lower: Tensor) -> Tensor:
-        """Return (I + tril(lower, -1))^-1 for lower [N, C, C]; what is on and above the diagonal is ignored."""
-        N, C, base = lower.shape[0], self.size, self.base
-        if C == 1:
-            return self.inverse.fill_(1.0)
-        small = lower.view(N, C // base, base, C // base, base).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-        solved = torch.linalg.solve_triangular(small, self.eye, upper=False, unitriangular=True)
-        self._diagonal(base).copy_(solved)
-        for half, (left, right, cross, out) in self.parts.items():
-            shape = (N, -1, half, half)
-            block = self._diagonal(2 * half)
-            right.view(shape).copy_(block[:, :, :half, :half])
-            left.view(shape).copy_(block[:, :, half:, half:])
-            source = lower.view(N, C // (2 * half), 2 * half, C // (2 * half), 2 * half).diagonal(dim1=1, dim2=3)
-            cross.view(shape).copy_(source.movedim(-1, 1)[:, :, half:, :half])
+    def __call__(self, strictly_lower: Tensor, scale: Tensor) -> Tensor:
+        """Return (I + Diag(scale) L)^-1 for L [N, C, C], zero on and above the diagonal, and scale [N, C, 1]."""
+        torch.mul(strictly_lower, scale, out=self.lower)
+        source, target = self.small
+        target.copy_(torch.linalg.solve_triangular(source, self.eye, upper=False, unitriangular=True))
+        for gather, (left, cross, right, out), result, place in self.joins:
+            for view, block in gather:
+                view.copy_(block)
             torch.bmm(left, cross, out=out)
             torch.bmm(out, right, out=cross)
-            torch.neg(cross.view(shape), out=block[:, :, half:, :half])
+            torch.neg(cross.view_as(result), out=place)
         return self.inverse
 
-    def _diagonal(self, size: int) -> Tensor:
-        """View the diagonal blocks of the inverse, [N, C / size, size, size]."""
-        count = self.size // size
-        square = self.inverse.view(-1, count, size, count, size)
-        return square.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """View the diagonal blocks of x [N, C, C], [N, C / size, size, size]."""
+    count = x.shape[1] // size
+    return x.view(-1, count, size, count, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)

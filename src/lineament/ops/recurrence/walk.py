@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lineament.ops.recurrence.layout import chunks, load, room_for, store, tiled
+from lineament.ops.recurrence.layout import Loader, chunks, room_for, store, tiled
 from lineament.ops.recurrence.pairs import make_pairs
 from lineament.ops.recurrence.triangular import UnitLowerInverse
 
@@ -50,30 +50,33 @@ class Sequence:
 
 
 class Chunk:
-    """Buffers for chunks of one length, and the three formulas on them."""
+    """Buffers for chunks of one length, and the formulas on them."""
 
-    def __init__(self, inputs: Sequence, size: int):
+    def __init__(self, inputs: Sequence, size: int, more: dict[str, str] | None = None):
         like, rows = inputs.like, inputs.rows
         B, _, _, K = inputs.k.shape
         N, V = B * inputs.heads, inputs.v.shape[-1]
         self.size, self.rows, self.N = size, rows, N
-        self.tiles = {name: inputs.tiles(name) for name in ("q", "k", "v", "beta")}
-        self.pairs = make_pairs(inputs.log_decay, inputs.tiles("log_decay"), N, size, rows, K, like)
-        widths = {"q": (size * rows, K), "k": (size, K), "v": (size, V), "beta": (size, 1)}
-        shapes = {name: shape for name, shape in widths.items() if self.tiles[name] is not None}
+        shapes = {"q": (size * rows, K), "k": (size, K), "v": (size, V), "beta": (size, 1)}
+        tiles = {name: tiles for name in shapes if (tiles := inputs.tiles(name)) is not None}
         shapes |= {"qk": (size * rows, size), "o": (size * rows, V), "q_read": (size * rows, K), "k_write": (size, K)}
         if inputs.beta is not None:
-            shapes |= {"kk": (size, size), "lower": (size, size), "k_read": (size, K)}
-            shapes |= {"rest": (size, V), "new": (size, V)}
+            shapes |= {"kk": (size, size), "k_read": (size, K)}
+            shapes |= {"rest": (size, V), "new": (size, V), "product": (size, V)}
             self.inverse = UnitLowerInverse(N, size, like)
+        else:
+            del shapes["beta"]
+        shapes |= {name: shapes[twin] for name, twin in (more or {}).items()}
         self.at = {name: like.new_empty(N, *shape) for name, shape in shapes.items()}
+        self.loaders = [Loader(self.at[name], tile) for name, tile in tiles.items()]
+        self.pairs = make_pairs(inputs.log_decay, inputs.tiles("log_decay"), self.at, rows)
 
     def load(self, start: int, stop: int) -> None:
-        """Copy the inputs of tokens start..stop into the buffers."""
-        for name, tiles in self.tiles.items():
-            if tiles is not None:
-                load(self.at[name], tiles, start, stop)
+        """Copy the inputs of tokens start..stop into the buffers and form what doesn't need the state."""
+        for loader in self.loaders:
+            loader(start, stop)
         self.pairs.load(start, stop)
+        self.pairs.compute()
 
     def solve(self, state: Tensor) -> Tensor:
         """Return what the chunk writes, [N, C, V]."""
@@ -81,18 +84,16 @@ class Chunk:
         if "beta" not in at:
             return at["v"]
         k_read = self.scaled("k_read", at["k"], self.pairs.read, 1)
-        self.pairs.pairs(at["k"], at["k"], at["kk"], 1, strict=True)
-        self.inverted = self.inverse(torch.mul(at["kk"], at["beta"], out=at["lower"]))
-        torch.baddbmm(at["v"], k_read, state, alpha=-1, out=at["rest"])
-        return torch.bmm(self.inverted, at["rest"] * at["beta"], out=at["new"])
+        self.inverted = self.inverse(at["kk"], at["beta"])
+        torch.bmm(k_read, state, out=at["product"])
+        torch.sub(at["v"], at["product"], out=at["rest"])
+        return torch.bmm(self.inverted, torch.mul(at["rest"], at["beta"], out=at["product"]), out=at["new"])
 
     def output(self, state: Tensor, new: Tensor) -> Tensor:
         """Return o [N, C * r, V]."""
         at = self.at
         q_read = self.scaled("q_read", at["q"], self.pairs.read, self.rows)
-        self.pairs.pairs(at["q"], at["k"], at["qk"], self.rows, strict=False)
-        torch.bmm(at["qk"], new, out=at["o"])
-        return at["o"].baddbmm_(q_read, state)
+        return torch.bmm(at["qk"], new, out=at["o"]).baddbmm_(q_read, state)
 
     def advance(self, state: Tensor, new: Tensor, out: Tensor) -> Tensor:
         """Write the state behind the chunk into `out` (which may be `state`)."""
@@ -107,6 +108,8 @@ class Chunk:
         """Multiply x [N, C * rows, W] with a factor per token, [N, C, 1 or W], into the buffer `name`."""
         if factor is None:
             return x
+        if rows == 1:
+            return torch.mul(x, factor, out=self.at[name])
         shape = (self.N, self.size, rows, -1)
         torch.mul(x.view(shape), factor[:, :, None], out=self.at[name].view(shape))
         return self.at[name]
@@ -116,12 +119,11 @@ class BackwardChunk(Chunk):
     """The same with buffers for gradients."""
 
     def __init__(self, inputs: Sequence, size: int, grad_o: Tensor):
-        super().__init__(inputs, size)
-        self.grad_tiles = tiled(grad_o, inputs.heads)
-        new = {"do": "o", "dq": "q", "dk": "k", "dnew": "v", "dqk": "qk"}
+        more = {"do": "o", "dq": "q", "dk": "k", "dnew": "v", "dqk": "qk"}
         if inputs.beta is not None:
-            new |= {"dk_row": "k", "dkk": "kk", "dv": "v", "product": "v"}
-        self.at |= {name: torch.empty_like(self.at[twin]) for name, twin in new.items()}
+            more |= {"dk_row": "k", "dkk": "kk", "dv": "v"}
+        super().__init__(inputs, size, more)
+        self.loaders.append(Loader(self.at["do"], tiled(grad_o, inputs.heads)))
 
     def backward(self, start: int, stop: int, state: Tensor, grad: Tensor) -> dict[str, Tensor]:
         """Return the gradients of a chunk's inputs; `grad`, of the state behind it, becomes that of the one before.
@@ -133,18 +135,15 @@ class BackwardChunk(Chunk):
         """
         at, pairs = self.at, self.pairs
         self.load(start, stop)
-        load(at["do"], self.grad_tiles, start, stop)
         new = self.solve(state)
         q_read = self.scaled("q_read", at["q"], pairs.read, self.rows)
         k_write = self.scaled("k_write", at["k"], pairs.write, 1)
-        pairs.pairs(at["q"], at["k"], at["qk"], self.rows, strict=False)
         torch.bmm(at["qk"].mT, at["do"], out=at["dnew"]).baddbmm_(k_write, grad)
-        pairs.mask(torch.bmm(at["do"], new.mT, out=at["dqk"]), self.rows, strict=False)
+        pairs.mask(torch.bmm(at["do"], new.mT, out=at["dqk"]), strict=False)
         dq = torch.bmm(at["do"], state.mT, out=at["dq"])
         dk = torch.bmm(new, grad.mT, out=at["dk"])
-        if pairs.read is not None:
-            self.scaled("dq", dq, pairs.read, self.rows)
-            self.scaled("dk", dk, pairs.write, 1)
+        self.scaled("dq", dq, pairs.read, self.rows)
+        self.scaled("dk", dk, pairs.write, 1)
         tail = dk[:, stop - start - 1]
         kept, at_end = tail.clone(), None
         if pairs.last is not None:  # the last token's write doesn't decay: it is kept out of the gradient of G
@@ -154,40 +153,36 @@ class BackwardChunk(Chunk):
         result = {"q": dq, "v": at["dnew"]}
         if "beta" in at:
             result |= self._backward_solve(state, new, grad)
-        own = pairs.take_own(at["dqk"], self.rows)
-        pairs.pairs_backward(at["dqk"], at["q"], at["k"], dq, dk, self.rows)
+        own = pairs.take_own()
+        pairs.backward()
         if at_end is not None:
             result["log_decay"] = pairs.grad_log_decay(self._gate_gradient(dq, dk, at_end))
             tail += kept
         if own is not None:
             shape = (self.N, self.size, self.rows, -1)
             dq.view(shape).addcmul_(own, at["k"][:, :, None])
-            dk += (own * at["q"].view(shape)).sum(2)
+            dk += (own * at["q"].view(shape)).sum(2) if self.rows > 1 else own[:, :, 0] * at["q"]
         return result | {"k": dk.add_(at["dk_row"]) if "beta" in at else dk}
 
     def _backward_solve(self, state: Tensor, new: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        """Go back through the triangular solve; adds to grad and dk, fills dk_row (the gradient of k as a row)."""
+        """Go back through the triangular solve; adds to grad, fills dkk and dk_row (the gradient of k as a row)."""
         at, pairs = self.at, self.pairs
         solved = torch.bmm(self.inverted.mT, at["dnew"], out=at["product"])
         dlower = torch.bmm(solved, new.mT, out=at["dkk"]).neg_()
-        pairs.mask(dlower, 1, strict=True)
+        pairs.mask(dlower, strict=True)
         dbeta = torch.linalg.vecdot(solved, at["rest"]) + torch.linalg.vecdot(dlower, at["kk"])
         dlower.mul_(at["beta"])
         dv = torch.mul(solved, at["beta"], out=at["dv"])
         dk_row = torch.bmm(dv, state.mT, out=at["dk_row"]).neg_()
-        if pairs.read is not None:
-            dk_row.mul_(pairs.read)
+        self.scaled("dk_row", dk_row, pairs.read, 1)
         grad.baddbmm_(at["k_read" if pairs.read is not None else "k"].mT, dv, alpha=-1)
-        pairs.pairs_backward(dlower, at["k"], at["k"], dk_row, at["dk"], 1)
         return {"v": dv, "beta": dbeta[..., None]}
 
     def _gate_gradient(self, dq: Tensor, dk: Tensor, at_end: Tensor) -> Tensor:
         """Return the gradient of G [N, C, K]: G stands beside every row with + and beside every column with -."""
         at, shape = self.at, (self.N, self.size, self.rows, -1)
         dgate = (at["q"] * dq).view(shape).sum(2) if self.rows > 1 else at["q"] * dq
-        dgate.addcmul_(at["k"], dk, value=-1)
-        if "dk_row" in at:
-            dgate.addcmul_(at["k"], at["dk_row"])
+        dgate.addcmul_(at["k"], at["dk_row"] - dk if "dk_row" in at else -dk)
         dgate[:, -1] += at_end
         return dgate
 
