@@ -14,7 +14,7 @@ import torch
 from convert_helpers import teacher_folder, text_folder, tiny_llama, tiny_plan, tiny_tokenizer
 
 from lineament._base.errors import InputError
-from lineament.convert import Plan, run
+from lineament.convert import Plan, evaluate_folder, inspect, run, write_report
 from lineament.io import open_weights, partial_path
 
 
@@ -55,6 +55,27 @@ def test_the_student_loads_and_speaks(made):
     assert type(model).__name__ == "LineamentLlamaForCausalLM"
     ids = torch.randint(3, 200, (1, 40))
     assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=2).shape[1] <= 44
+
+
+def test_a_student_s_folder_is_measured_and_reported(made, tmp_path):
+    found = evaluate_folder(made[2], lengths=(32, 64), tokens=128, prompts=0, speed=False)
+    assert [row["measure"] for row in found.rows][:2] == [f"perplexity {made[1]} 32", f"perplexity {made[1]} 64"]
+    assert all(row["state_off"] and row["untrained"] for row in found.rows[:2])
+    page = write_report(found, tmp_path / "report.html")
+    assert "perplexity" in page.read_text()
+    with pytest.raises(InputError, match="does not name its teacher"):
+        evaluate_folder(made[0], prompts=0)
+    with pytest.raises(InputError, match="length 0"):
+        evaluate_folder(made[2], lengths=(0,))
+
+
+def test_inspect_loads_no_weights(made):
+    found = inspect(made[0], tiny_plan(made[1]))
+    assert found.info.layers == 3
+    assert found.info.parameters == sum(p.numel() for p in tiny_llama().parameters())
+    assert found.caches[0]["ratio"] < 1
+    with pytest.raises(InputError, match="at least 1 token"):
+        inspect(made[0], contexts=(0,))
 
 
 def test_what_learned_is_not_the_teacher(made):
@@ -206,7 +227,7 @@ def test_another_plan_is_not_mixed_in(made, tmp_path, monkeypatch):
 
 SCRIPT = """
 import json, sys
-from lineament.convert import Plan, run
+from lineament.convert import Plan, evaluate_folder, inspect, run, write_report
 run(sys.argv[1], Plan.from_json(json.loads(sys.argv[2])), sys.argv[3])
 """
 

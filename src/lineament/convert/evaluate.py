@@ -16,21 +16,15 @@ from lineament.data import windows
 from lineament.graph import swapped
 from lineament.nn import build
 from lineament.report import Evidence
-from lineament.tasks import (
-    agreement,
-    bootstrap_ratio,
-    cache_bytes,
-    context_gain,
-    decode_speed,
-    make_prompts,
-    perplexity,
-    prefill_speed,
-    score,
-)
+from lineament.tasks.agreement import agreement
+from lineament.tasks.cost import Speed, cache_bytes, decode_speed, prefill_speed
+from lineament.tasks.haystack import Haystack
+from lineament.tasks.perplexity import bootstrap_ratio, context_gain, gain_kept, perplexity
+from lineament.tasks.retrieval import KINDS, Retrieval, make_prompts, paired_points, score
 
 Row = dict[str, Any]
-KINDS = ("digits", "words", "two-needles", "key-value")
 RETRIEVAL_LENGTHS = (512, 1024, 4096)
+SPEED_CONTEXTS = {"decode": (128, 8192, 32768), "prefill": (2048, 8192)}
 
 
 @contextmanager
@@ -84,9 +78,11 @@ def evaluate(
         raise InputError("there is no test text; give --data with more text")
     start, rows = time.perf_counter(), []
     measure = _Measure(student.eval(), teacher.eval(), tokenizer, untrained, bar, seed)
-    filler = [text for one in texts.values() for text in one]
+    hay = Haystack([text for one in texts.values() for text in one], tokenizer)
+    limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+    retrieval_lengths = [one for one in retrieval_lengths if limit is None or one <= limit]
     with torch.no_grad():
-        for row in _all_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, filler, speed):
+        for row in _all_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, hay, speed):
             rows.append(row)
             if on_row:
                 on_row(row)
@@ -103,11 +99,11 @@ def evaluate(
     )
 
 
-def _all_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, filler, speed) -> Iterator[Row]:
+def _all_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, hay, speed) -> Iterator[Row]:
     yield from measure.perplexities(texts, lengths, tokens)
     if prompts:
         for length in retrieval_lengths:
-            yield from measure.retrieval(length, prompts, filler)
+            yield from measure.retrieval(length, prompts, hay)
     yield from measure.agreements(texts, tokens)
     yield from measure.gains(texts, tokens)
     yield from measure.bytes_and_speed(speed)
@@ -125,11 +121,18 @@ class _Measure:
         yield "state_off", state_off(self.student)
         yield "untrained", nullcontext(self.untrained)
 
+    def _windows(self, documents: Sequence[str], length: int, tokens: int) -> torch.Tensor | None:
+        """Cut windows of the test documents; None when none is long enough."""
+        try:
+            return windows(documents, self.tokenizer, length, max_tokens=max(tokens, length))
+        except InputError:
+            return None
+
     def perplexities(self, texts, lengths, tokens) -> Iterator[Row]:
         for name, documents in texts.items():
             for length in lengths:
-                ids = windows(documents, self.tokenizer, length, max_tokens=max(tokens, length))
-                if not len(ids):
+                ids = self._windows(documents, length, tokens)
+                if ids is None:
                     yield {"measure": f"perplexity {name} {length}", "note": "no document is long enough"}
                     continue
                 ours, theirs = perplexity(self.student, ids), perplexity(self.teacher, ids)
@@ -144,59 +147,65 @@ class _Measure:
                         row[other] = None if model is None else perplexity(model, ids).value
                 yield row | {"goal": goal, "verdict": verdict(ratio, goal), "tokens": ours.tokens}
 
-    def retrieval(self, length: int, count: int, filler: Sequence[str]) -> Iterator[Row]:
+    def retrieval(self, length: int, count: int, hay: Haystack) -> Iterator[Row]:
         """Yield one row per kind and one over all kinds for a length."""
-        totals: dict[str, list[float]] = {}
         share = max(1, -(-count // len(KINDS)))
-        limit = getattr(self.teacher.config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            return
+        found: dict[str, list[Retrieval]] = {}
         for kind in KINDS:
-            some = make_prompts(
-                self.tokenizer, kind, length, share, templates="test", filler=filler, seed=self.seed + 1
-            )
-            row: Row = {"measure": f"retrieval {kind} {length}"}
-            for name, context in (
-                ("student", nullcontext(self.student)), ("teacher", nullcontext(self.teacher)), *self._others(),
-            ):  # fmt: skip
-                with context as model:
-                    row[name] = None if model is None else 100 * score(model, some).token_accuracy
-                if row[name] is not None:
-                    totals.setdefault(name, []).append(row[name])
-            yield row | {"prompts": share}
-        yield self._retrieval_total(length, totals, share)
+            try:
+                some = make_prompts(self.tokenizer, kind, length, share, filler=hay, seed=self.seed + 1)
+                scored = {name: score(model, some) for name, model in self._models()}
+            except InputError as error:
+                yield {"measure": f"retrieval {kind} {length}", "note": str(error)}
+                return
+            for name, one in scored.items():
+                found.setdefault(name, []).append(one)
+            shown = {name: 100 * one.token_accuracy for name, one in scored.items()}
+            yield {"measure": f"retrieval {kind} {length}", **shown, "prompts": share}
+        yield self._retrieval_total(length, {name: _joined(some) for name, some in found.items()})
 
-    def _retrieval_total(self, length: int, totals: dict[str, list[float]], share: int) -> Row:
-        mean = {name: sum(some) / len(some) for name, some in totals.items()}
-        lost = mean["teacher"] - mean["student"]
-        row: Row = {"measure": f"retrieval {length}", **mean, "lost": lost, "prompts": share * len(KINDS)}
+    def _models(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield every model that is there: student, teacher, the baselines."""
+        yield from (("student", self.student), ("teacher", self.teacher))
+        for name, context in self._others():
+            with context as model:
+                if model is not None:
+                    yield name, model
+
+    def _retrieval_total(self, length: int, found: dict[str, Retrieval]) -> Row:
+        gap, low, high = paired_points(found["student"], found["teacher"], seed=self.seed)
+        mean = {name: 100 * one.token_accuracy for name, one in found.items()}
+        prompts = len(found["student"].total)
+        row: Row = {
+            "measure": f"retrieval {length}", **mean, "lost": -gap, "low": -high, "high": -low, "prompts": prompts,
+        }  # fmt: skip
         if self.bar is None:
             return row
-        if self.bar.above_off is not None and "state_off" in mean:
-            gained = mean["student"] - mean["state_off"]
+        if self.bar.above_off is not None:
+            gained = mean["student"] - mean.get("state_off", 0.0)
             return row | {"goal": self.bar.above_off, "verdict": verdict(gained, self.bar.above_off, at_most=False)}
         goal = self.bar.points.get(length)
-        return row | {"goal": goal, "verdict": verdict(lost, goal)}
+        return row | {"goal": goal, "verdict": verdict(-gap, goal)}
 
     def agreements(self, texts, tokens) -> Iterator[Row]:
         for name, documents in texts.items():
-            ids = windows(documents, self.tokenizer, 1024, max_tokens=max(1024, tokens // 4))
-            if len(ids):
+            ids = self._windows(documents, 1024, tokens // 4)
+            if ids is not None:
                 found = agreement(self.student, self.teacher, ids)
                 yield {"measure": f"KL to teacher {name} 1024", "student": found.kl, "teacher": 0.0}
                 yield {"measure": f"same next token {name} 1024", "student": found.top1, "teacher": 1.0}
 
     def gains(self, texts, tokens) -> Iterator[Row]:
         for name, documents in texts.items():
-            ids = windows(documents, self.tokenizer, 2048, max_tokens=max(2048, tokens // 2))
-            if not len(ids):
+            ids = self._windows(documents, 2048, tokens // 2)
+            if ids is None:
                 continue
             ours, theirs = context_gain(self.student, ids), context_gain(self.teacher, ids)
-            goal = self.bar.gain if self.bar else None
-            share = ours / theirs if theirs > 0 else float("nan")
+            share, low, high = gain_kept(ours, theirs, seed=self.seed)
+            goal = self.bar.gain if self.bar and theirs.gain > 0 else None
             yield {
-                "measure": f"gain from context {name}", "student": ours, "teacher": theirs, "ratio": share,
-                "goal": goal, "verdict": verdict(share, goal, at_most=False) if theirs > 0 else "",
+                "measure": f"gain from context {name}", "student": ours.gain, "teacher": theirs.gain,
+                "ratio": share, "low": low, "high": high, "goal": goal, "verdict": verdict(share, goal, at_most=False),
             }  # fmt: skip
 
     def bytes_and_speed(self, speed: bool) -> Iterator[Row]:
@@ -208,16 +217,21 @@ class _Measure:
         }  # fmt: skip
         if not speed:
             return
-        for context in (128, 8192):
-            pair = [decode_speed(model, context, 16) for model in (self.student, self.teacher)]
-            yield _speed_row(f"decode tokens/s {context}", pair)
-        for length in (2048, 8192):
-            pair = [prefill_speed(model, length) for model in (self.student, self.teacher)]
-            yield _speed_row(f"prefill tokens/s {length}", pair)
+        pair = {"student": self.student, "teacher": self.teacher}
+        for context in SPEED_CONTEXTS["decode"]:
+            yield _speed_row(f"decode tokens/s {context}", decode_speed(pair, context))
+        for length in SPEED_CONTEXTS["prefill"]:
+            yield _speed_row(f"prefill tokens/s {length}", prefill_speed(pair, length))
 
 
-def _speed_row(name: str, pair: Sequence[float]) -> Row:
-    return {"measure": name, "student": pair[0], "teacher": pair[1], "ratio": pair[0] / pair[1]}
+def _joined(some: Sequence[Retrieval]) -> Retrieval:
+    """Put the scores of several kinds one behind another."""
+    return Retrieval(*(torch.cat([getattr(one, name) for one in some]) for name in ("right", "total", "nll", "distance")))
+
+
+def _speed_row(name: str, speeds: Mapping[str, Speed]) -> Row:
+    ours, theirs = speeds["student"].tokens_per_second, speeds["teacher"].tokens_per_second
+    return {"measure": name, "student": ours, "teacher": theirs, "ratio": ours / theirs}
 
 
 def _say(bar: Bar) -> str:

@@ -30,7 +30,7 @@ def look(model: Model) -> ModelInfo:
         return _decoder(info_from_config(config, name=str(name), parameters=count), config)
     from transformers import AutoConfig
 
-    from lineament.models import find_model
+    from lineament.models.load import find_model
 
     folder = find_model(model)
     if not (folder / "config.json").is_file():
@@ -75,7 +75,7 @@ def load(model: Model) -> tuple[nn.Module, Any]:
     if isinstance(model, tuple):
         teacher, tokenizer = model
     else:
-        from lineament.models import load_teacher
+        from lineament.models.load import load_teacher
 
         teacher, tokenizer = load_teacher(model)
     io.check_finite(dict(teacher.named_parameters()), source=str(getattr(teacher.config, "_name_or_path", "the model")))
@@ -157,7 +157,8 @@ def _about(student: Path) -> dict[str, Any]:
 
 def _untrained(teacher: nn.Module, student: nn.Module, plan: Plan | None) -> nn.Module | None:
     """Return window + sinks with the student's softmax heads and the teacher's weights; None when it has no window."""
-    from lineament.convert.parts import converted, student_of
+    from lineament.convert.parts import converted
+    from lineament.models.student import build_student
 
     if plan is None or not plan.window + plan.sinks or plan.mixer == "softmax-window":
         return None
@@ -166,7 +167,7 @@ def _untrained(teacher: nn.Module, student: nn.Module, plan: Plan | None) -> nn.
     configs = {
         one.layer: replace(one.config, kind="softmax-window", options={}) for one in converted(student).values()
     }
-    return student_of(teacher, configs, share=True)
+    return build_student(teacher, configs, share=True)
 
 
 def _with_lm_eval(evidence: Evidence, model: nn.Module, tokenizer: Any, tasks: Sequence[str]) -> Evidence:

@@ -2,26 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lineament._base.errors import InputError
-from lineament.convert.inspect import info_from_config
-from lineament.nn import MixerConfig
-from lineament.nn.heads import ConvertedHeads
-
-LORA_TARGETS = {
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value", "out_proj", "dense"),
-    "all": (
-        "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value", "out_proj", "dense",
-        "gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h",
-        "fc1", "fc2",
-    ),
-}  # fmt: skip
-
+from lineament.models.adapters import adapter_for, attentions, head_shape, sliding_layers
+from lineament.models.student import mixers_of
+from lineament.nn import ConvertedHeads, MixerConfig
 
 @dataclass(frozen=True)
 class Parts:
@@ -45,41 +34,14 @@ def parts(model: nn.Module) -> Parts:
     Raises:
         InputError: no attention module is found; the error names what there is.
     """
-    info = info_from_config(model.config, name=type(model).__name__)
-    found = {
-        int(module.layer_idx): (name, module)
-        for name, module in model.named_modules()
-        if "Attention" in type(module).__name__ and getattr(module, "layer_idx", None) is not None
-    }
-    if sorted(found) != list(range(info.layers)):
-        kinds = sorted({type(module).__name__ for module in model.modules()})
-        raise InputError(
-            f"{type(model).__name__}: {len(found)} attention modules found for {info.layers} layers among "
-            f"{', '.join(kinds)}; a conversion needs a decoder with one attention per layer"
-        )
-    names = [found[i][0] for i in range(info.layers)]
-    shape = {
-        "heads": info.heads, "key_heads": info.key_heads, "key_width": info.head_width,
-        "value_width": info.head_width, "model_width": info.width,
-    }  # fmt: skip
+    adapter, found = adapter_for(model), attentions(model)
+    sliding, shape = sliding_layers(model.config), head_shape(model.config)
     return Parts(
-        layers=[_layer_name(name) for name in names],
-        names=names,
-        attentions=[found[i][1] for i in range(info.layers)],
-        shapes={i: dict(shape) for i in range(info.layers) if i not in info.kept_layers},
+        layers=[f"{adapter.layers}.{i}" for i in found],
+        names=[name for name, _ in found.values()],
+        attentions=[module for _, module in found.values()],
+        shapes={i: dict(shape) for i in found if i not in sliding},
     )
-
-
-def _layer_name(attention: str) -> str:
-    """Return the name of the decoder layer an attention module sits in: up to its number.
-
-    Example:
-        >>> _layer_name("model.layers.3.self_attn"), _layer_name("gpt_neox.layers.0.attention.inner")
-        ('model.layers.3', 'gpt_neox.layers.0')
-    """
-    pieces = attention.split(".")
-    last = max(i for i, piece in enumerate(pieces) if piece.isdigit())
-    return ".".join(pieces[: last + 1])
 
 
 @dataclass(frozen=True)
@@ -103,12 +65,12 @@ class ConvertedLayer:
 
 def converted(student: nn.Module) -> dict[str, ConvertedLayer]:
     """Return {name of the heads' module: converted layer} of a student, in order."""
-    found = {}
-    for name, module in student.named_modules():
-        if isinstance(module, ConvertedHeads) and module.filling is not None:
-            index = next(int(piece) for piece in reversed(name.split(".")) if piece.isdigit())
-            found[name] = ConvertedLayer(index, module)
-    return found
+    names = {layer: name for layer, (name, _) in attentions(student).items()}
+    return {
+        f"{names[layer]}.mixer": ConvertedLayer(layer, heads)
+        for layer, heads in mixers_of(student).items()
+        if heads.filling is not None
+    }
 
 
 def lora_targets(student: nn.Module, wanted: str) -> list[str]:
@@ -117,15 +79,16 @@ def lora_targets(student: nn.Module, wanted: str) -> list[str]:
     Raises:
         InputError: none of them is in the model.
     """
-    names = LORA_TARGETS.get(wanted) or tuple(one.strip() for one in wanted.split(",") if one.strip())
     linear = {
-        name.rpartition(".")[2]
-        for name, module in student.named_modules()
+        name.rpartition(".")[2]: None
+        for name, module in student.get_submodule(adapter_for(student).layers).named_modules()
         if ".mixer" not in name and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
     }
+    asked = {"attention": adapter_for(student).projections, "all": tuple(linear)}.get(wanted)
+    names = asked or tuple(one.strip() for one in wanted.split(",") if one.strip())
     found = [name for name in names if name in linear]
     if not found:
-        raise InputError(f"lora_targets {wanted!r} names no projection of the model; it has {', '.join(sorted(linear))}")
+        raise InputError(f"lora_targets {wanted!r} names no projection of the model; it has {', '.join(linear)}")
     return found
 
 
@@ -140,21 +103,3 @@ def teacher_digest(model: nn.Module) -> str:
         whole.update(json.dumps([name, list(parameter.shape)]).encode())
         whole.update(sample.numpy().tobytes())
     return whole.hexdigest()[:32]
-
-
-def student_of(teacher: nn.Module, configs: Mapping[int, MixerConfig], *, share: bool = False) -> nn.Module:
-    """Build a student with mixers in the given layers.
-
-    Args:
-        share: let it hold the teacher's own tensors (for measuring); else it gets copies and may be trained.
-    """
-    from lineament.models import build_student
-
-    student = build_student(teacher, dict(configs)).eval()
-    if not share:
-        theirs = {one.data_ptr() for one in teacher.parameters()}
-        for parameter in student.parameters():
-            if parameter.data_ptr() in theirs:
-                parameter.data = parameter.data.clone()
-    return student
-

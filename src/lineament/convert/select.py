@@ -73,15 +73,16 @@ class DamageTable:
         text, found = _share(self.kl), _share(self.retrieval)
         return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(text, found, strict=True)]
 
-    def figure(self) -> bytes:
-        """Draw the combined scores as a heat map (PNG)."""
-        from lineament.report import heatmap
+    def figure(self, kept: "Heads | None" = None) -> bytes:
+        """Draw the combined scores as a heat map (PNG); `kept` heads are marked."""
+        from lineament.report.figures import heatmap
 
         return heatmap(
             [list(row) for row in zip(*self.scores(), strict=True)],
-            title="damage when one head is limited to window + sinks",
+            title="damage when one head is limited to window + sinks (share of all)",
             xlabel="layer",
             ylabel="key-value head",
+            marked={(head, layer) for layer, heads in (kept or {}).items() for head in heads},
         )
 
 
@@ -134,6 +135,11 @@ def kept_heads(plan: Plan, layers: int, key_heads: int, table: DamageTable | Non
     for layer, head in sorted(ranked[:count]):
         kept.setdefault(layer, []).append(head)
     return {layer: tuple(heads) for layer, heads in kept.items()}
+
+
+def exact_part(plan: Plan) -> tuple[int, int]:
+    """Return (window, sinks) under which damage is measured: the plan's, or 128 and 4 for mixers without either."""
+    return (plan.window, plan.sinks) if plan.window + plan.sinks else (128, 4)
 
 
 def needs_table(plan: Plan) -> bool:

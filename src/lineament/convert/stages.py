@@ -21,7 +21,7 @@ from lineament.convert.card import licence_of, model_card
 from lineament.convert.evaluate import evaluate
 from lineament.convert.inherit import calibrate, mixer_configs
 from lineament.convert.inspect import ModelInfo
-from lineament.convert.parts import Parts, converted, lora_targets, parts, student_of, teacher_digest
+from lineament.convert.parts import Parts, converted, lora_targets, parts, teacher_digest
 from lineament.convert.plan import Plan
 from lineament.convert.precision import autocast, resolve
 from lineament.convert.progress import Progress
@@ -29,6 +29,7 @@ from lineament.convert.prompts import MakePrompts, prompt_maker
 from lineament.convert.select import DamageTable, Heads
 from lineament.convert.text import Corpus, Documents, flat, make_corpus, require_length
 from lineament.convert.thresholds import bar_of
+from lineament.models.student import build_student
 from lineament.report import Evidence
 
 
@@ -119,7 +120,8 @@ def damage(job: Job, work: Path, progress: Progress) -> DamageTable | None:
     digest = teacher_digest(job.teacher)
 
     def make() -> None:
-        table = select.shipped_table(digest, window=plan.window, sinks=plan.sinks)
+        window, sinks = select.exact_part(plan)
+        table = select.shipped_table(digest, window=window, sinks=sinks)
         if table is None:
             progress.stage("damage", f"what each key-value head is worth ({plan.damage})")
             table = damage_table(job, digest, progress.count)
@@ -134,9 +136,10 @@ def damage(job: Job, work: Path, progress: Progress) -> DamageTable | None:
 def damage_table(job: Job, digest: str, on_progress: Callable[[int, int], None] | None = None) -> DamageTable:
     """Measure (or estimate) damage on calibration text and "place" prompts."""
     plan, found = job.plan, parts(job.teacher)
+    window, sinks = select.exact_part(plan)
     corpus = job.corpus("place")
     longest = min(2048, job.info.positions or 2048, plan.damage_tokens, *_shortest(job))
-    first = min(plan.window + plan.sinks, longest // 2)
+    first = min(window + sinks, longest // 2)
     rows = max(1, plan.damage_tokens // longest)
     samples = [select.text_sample(corpus.batch(step, longest, 1), first=first) for step in range(rows)]
     if plan.damage_prompts:
@@ -146,8 +149,8 @@ def damage_table(job: Job, digest: str, on_progress: Callable[[int, int], None] 
     on = [replace_device(sample, job.device) for sample in samples]
     with autocast(job.precision, job.device):
         return method(
-            job.teacher, found.layers, found.attentions, on, key_heads=job.info.key_heads, window=plan.window,
-            sinks=plan.sinks, teacher=digest, on_progress=on_progress,
+            job.teacher, found.layers, found.attentions, on, key_heads=job.info.key_heads, window=window,
+            sinks=sinks, teacher=digest, on_progress=on_progress,
             about={"data": list(plan.data), "seed": plan.seed, "length": longest},
         )  # fmt: skip
 
@@ -172,7 +175,7 @@ def inherit(job: Job, full: Heads, work: Path, progress: Progress) -> nn.Module:
     progress.stage("inherit", f"{job.plan.mixer} in place of softmax")
     found, plan, path = parts(job.teacher), job.plan, work / "inherit.safetensors"
     with seeded(plan.seed):
-        student = student_of(job.teacher, mixer_configs(plan, found.shapes, full))
+        student = build_student(job.teacher, mixer_configs(plan, found.shapes, full)).eval()
     fillings = _fillings(student)
 
     def make() -> None:
@@ -353,7 +356,7 @@ def evaluation(job: Job, student: nn.Module, full: Heads, work: Path, progress: 
         untrained = None
         if plan.window + plan.sinks and plan.mixer != "softmax-window":
             bare = plan.change({"mixer": "softmax-window", "options": {}})
-            untrained = student_of(job.teacher, mixer_configs(bare, parts(job.teacher).shapes, full), share=True)
+            untrained = build_student(job.teacher, mixer_configs(bare, parts(job.teacher).shapes, full), share=True)
         limit = job.info.positions or max(plan.evaluate_lengths)
         evidence = evaluate(
             student, job.teacher, job.tokenizer, texts=job.documents["test"], untrained=untrained, bar=bar_of(plan),
@@ -398,9 +401,11 @@ def save(
         job.tokenizer.save_pretrained(partial)
         io.write_json(partial / "evidence.json", evidence.to_json())
         io.write_json(partial / "plan.json", job.plan.to_json())
+        about = {"teacher": job.name, "teacher_digest": teacher_digest(job.teacher), "plan": job.plan.to_json()}
+        io.write_json(partial / "lineament.json", about)
         if table is not None:
             table.save(partial / "damage.json")
-            io.write_bytes(partial / "damage.png", table.figure())
+            io.write_bytes(partial / "damage.png", table.figure(full))
         card = model_card(
             title=f"{Path(job.name).name} in linear time", teacher=job.name, plan=job.plan, rows=evidence.rows,
             notes=evidence.notes, full=full, heads=job.info.layers * job.info.key_heads,

@@ -1,0 +1,71 @@
+"""An evaluation as one HTML page: its table and what it looks like."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lineament.report import Evidence, bars, curve, page
+from lineament.report.page import Picture, Rows, Section, Text, Tiles
+
+MODELS = {"teacher": "teacher", "student": "student", "state_off": "linear state off", "untrained": "window + sinks"}
+
+
+def report_page(evidence: Evidence, path: Path, *, extra: Sequence[Any] = ()) -> Path:
+    """Write an evaluation as one HTML file.
+
+    Args:
+        evidence: from `evaluate`. extra: further sections of `report.page`.
+    """
+    rows = list(evidence.rows)
+    sections: list[Any] = [Section("At a glance", [Tiles(_tiles(rows)), Text(evidence.notes or "Nothing to add.")])]
+    for text in dict.fromkeys(one[1] for one in _perplexities(rows)):
+        said = f"perplexity of teacher, student and baselines on {text} against context"
+        sections.append(Section(f"Perplexity on {text}", [Picture(perplexity_picture(rows, text), said)]))
+    if picture := retrieval_picture(rows):
+        said = "share of answer tokens right for facts found far back, by length and model"
+        sections.append(Section("Retrieval", [Picture(picture, said)]))
+    table = Section("Everything measured", [Rows(rows, evidence.threshold)])
+    return page(f"{evidence.name}: {evidence.verdict}", [*sections, *extra, table], path, lead=evidence.claim)
+
+
+def _tiles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the few numbers to see first: every ratio with a goal, and its verdict."""
+    found = {}
+    for row in rows:
+        value = row.get("ratio", row.get("lost"))
+        if row.get("verdict") and value is not None:
+            found[row["measure"]] = (f"{value:.3g}" if "ratio" not in row else f"{value:.3f}x", row["verdict"])
+    return found
+
+
+def _perplexities(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str, int]]:
+    found = []
+    for row in rows:
+        match = re.fullmatch(r"perplexity (.+) (\d+)", row["measure"])
+        if match and row.get("student") is not None:
+            found.append((row, match[1], int(match[2])))
+    return found
+
+
+def perplexity_picture(rows: Sequence[Mapping[str, Any]], text: str) -> bytes:
+    """Draw perplexity against context for every model (PNG)."""
+    mine = [(row, length) for row, name, length in _perplexities(rows) if name == text]
+    series = {}
+    for key, label in MODELS.items():
+        points = [(length, row[key]) for row, length in mine if row.get(key) is not None]
+        if points:
+            series[label] = tuple(zip(*points, strict=True))
+    return curve(series, xlabel="context (tokens)", ylabel="perplexity", title=text, log="x")
+
+
+def retrieval_picture(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Draw retrieval against length for every model (PNG); None when it was not measured."""
+    groups = {}
+    for row in rows:
+        match = re.fullmatch(r"retrieval (\d+)", row["measure"])
+        if match:
+            groups[f"{match[1]} tokens"] = {
+                label: row[key] for key, label in MODELS.items() if row.get(key) is not None
+            }
+    return bars(groups, ylabel="answer tokens right (%)", title="facts found far back") if groups else None
