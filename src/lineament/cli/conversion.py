@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A folder, a Hub name, a GGUF file, or the word smollm2 (embedded default).")]
+Model = Annotated[
+    str, typer.Argument(help="A folder, a Hub name, a GGUF file, or the word smollm2 (embedded default).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -30,8 +32,9 @@ def convert(
     interruption. Example: lineament convert smollm2 -o student --budget 15min
     """
     from lineament import convert as room
-    from lineament.cli.messages import print_json, show
+    from lineament.cli.messages import print_json, quiet, show
 
+    quiet()
     changes = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in set_ or [])
     fields = {"keep": keep, "data": ",".join(data) if data else None, "seed": None if seed is None else str(seed)}
     changes |= {name: value for name, value in fields.items() if value is not None}
@@ -55,9 +58,10 @@ def plans(json: Json = False) -> None:
     if json:
         print_json({name: plan.to_json() for name, plan in PLANS.items()})
         return
-    table = Table("plan", "mixer", "stays softmax", "window + sinks", "what it is")
+    table = Table("plan", "what it is")
     for name, plan in PLANS.items():
-        table.add_row(name, plan.mixer, plan.keep, f"{plan.window} + {plan.sinks}", plan.about)
+        near = f"window {plan.window}, sinks {plan.sinks}" if plan.window + plan.sinks else "no window"
+        table.add_row(name, f"{plan.about}\n{plan.mixer}; {near}; stays softmax: {plan.keep}")
     show(table)
 
 
@@ -72,8 +76,9 @@ def inspect(
     Example: lineament inspect smollm2 --context 32768
     """
     from lineament import convert as room
-    from lineament.cli.messages import print_json, show
+    from lineament.cli.messages import print_json, quiet, show
 
+    quiet()
     found = room.inspect(model, room.plan(plan), contexts=tuple(context or (2048, 8192, 32768)))
     if json:
         print_json(found.to_json())

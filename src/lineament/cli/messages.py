@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
-import click
+import typer
 from rich.console import Console
+from rich.markup import escape
 
 from lineament._base.errors import InputError, LineamentError
 
@@ -13,19 +14,17 @@ STDOUT = Console(soft_wrap=True)
 
 def describe(error: Exception) -> tuple[int | None, str]:
     """Return the exit code and the line for an error; (None, "") for one of our own bugs, which keeps its trace."""
-    if isinstance(error, click.exceptions.Exit):
+    if isinstance(error, typer.Exit):
         return error.exit_code, ""
-    if isinstance(error, click.exceptions.Abort):
+    if isinstance(error, typer.Abort):
         return 1, "aborted"
-    if isinstance(error, click.ClickException):
+    if hasattr(error, "format_message"):  # a usage error, of click or of the copy that typer carries
         context = getattr(error, "ctx", None)
         hint = f"\nTry '{context.command_path} --help'." if context else ""
-        return error.exit_code, f"error: {error.format_message()}{hint}"
+        return getattr(error, "exit_code", 2), f"error: {error.format_message()}{hint}"  # pyright: ignore
     if isinstance(error, InputError):
         return 2, f"error: {one_line(error)}"
-    if isinstance(error, LineamentError | NotImplementedError):
-        return 1, f"error: {one_line(error)}"
-    if isinstance(error, OSError):
+    if isinstance(error, LineamentError | NotImplementedError | OSError):
         return 1, f"error: {one_line(error)}"
     return None, ""
 
@@ -41,6 +40,14 @@ def print_json(value: Any) -> None:
 
 
 def show(*parts: Any) -> None:
-    """Print text or rich tables on stdout, for people."""
+    """Print text or rich tables on stdout, for people. Text is taken literally, brackets too."""
     for part in parts:
-        STDOUT.print(part)
+        STDOUT.print(escape(part) if isinstance(part, str) else part)
+
+
+def quiet() -> None:
+    """Keep the progress bars and warnings of transformers off the terminal; ours say what is going on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -7,13 +7,13 @@ import typer
 
 
 def papers(
-    query: Annotated[str, typer.Argument(help="Words to look for, or one slug; empty lists all.")] = "",
+    words: Annotated[list[str] | None, typer.Argument(help="Words to look for, or one slug; empty lists all.")] = None,
     status: Annotated[str, typer.Option(help="Only 'works' or 'planned'.")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List and search the papers lineament is built on.
 
-    Example: lineament papers "linear attention"
+    Example: lineament papers linear attention
     """
     from dataclasses import asdict
 
@@ -22,6 +22,7 @@ def papers(
     from lineament import papers as catalogue
     from lineament.cli.messages import print_json, show
 
+    query = " ".join(words or [])
     exact = query in catalogue.MODULES
     found = [catalogue.record(query)] if exact else catalogue.search(query) if query else catalogue.records()
     found = [record for record in found if not status or record.status == status]
@@ -42,8 +43,8 @@ def _page(record) -> None:
     from lineament.cli.messages import show
 
     where = f"arXiv:{record.arxiv}" if record.arxiv else record.venue or ""
-    show(f"[bold]{record.title}[/bold]", f"{record.authors}, {record.year}. {where}", "", record.summary, "")
-    show(f"[bold]Claim.[/bold] {record.claim}", f"[bold]Experiment.[/bold] {record.experiment}", "")
+    show(record.title, f"{record.authors}, {record.year}. {where}", "", record.summary, "")
+    show(f"Claim. {record.claim}", f"Experiment. {record.experiment}", "")
     table = Table("setting", "the paper's figure", "status")
     for figure in record.figures:
         table.add_row(figure.setting, figure.value, figure.status)

@@ -22,8 +22,9 @@ def evaluate(
     Example: lineament evaluate student --teacher smollm2 --html report.html
     """
     from lineament import convert as room
-    from lineament.cli.messages import print_json, show
+    from lineament.cli.messages import print_json, quiet, show
 
+    quiet()
     found = room.evaluate_folder(
         student,
         teacher,
@@ -56,9 +57,10 @@ def generate(
     """
     import sys
 
-    from lineament.cli.messages import print_json
+    from lineament.cli.messages import print_json, quiet
     from lineament.models import write_text
 
+    quiet()
     text = sys.stdin.read() if prompt == "-" else prompt
     result = write_text(
         model,
@@ -72,4 +74,6 @@ def generate(
     if json:
         print_json(result)
     else:
-        print(f"\n[{result['tokens']} tokens, {result['tokens_per_second']:.1f}/s, cache {result['cache_bytes']:,} bytes]")
+        print(
+            f"\n[{result['tokens']} tokens, {result['tokens_per_second']:.1f}/s, cache {result['cache_bytes']:,} bytes]"
+        )
