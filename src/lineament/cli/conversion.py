@@ -35,7 +35,10 @@ def convert(
     from lineament.cli.messages import print_json, quiet, show
 
     quiet()
-    changes = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in set_ or [])
+    changes: dict[str, str] = {}
+    for pair in set_ or []:
+        name, _, value = pair.partition("=")
+        changes[name] = value
     fields = {"keep": keep, "data": ",".join(data) if data else None, "seed": None if seed is None else str(seed)}
     changes |= {name: value for name, value in fields.items() if value is not None}
     evidence = room.run(model, room.plan(plan, changes), out, budget=budget, resume=resume)
