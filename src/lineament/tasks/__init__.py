@@ -1,0 +1,55 @@
+"""What to predict and how it is scored: perplexity, retrieval, agreement with a teacher, and what a model costs."""
+
+from lineament.tasks.agreement import Agreement, agreement
+from lineament.tasks.cost import Speed, cache_bytes, decode_speed, filled_cache, is_student, peak_memory, prefill_speed
+from lineament.tasks.haystack import Haystack
+from lineament.tasks.perplexity import (
+    ContextGain,
+    Perplexity,
+    bootstrap_ratio,
+    context_gain,
+    gain_kept,
+    perplexity,
+    perplexity_by_length,
+)
+from lineament.tasks.predictions import token_nll
+from lineament.tasks.retrieval import (
+    Prompt,
+    Prompts,
+    Retrieval,
+    make_prompts,
+    paired_points,
+    score,
+    train_examples,
+)
+from lineament.tasks.templates import KINDS, SETS
+
+__all__ = [
+    "KINDS",
+    "SETS",
+    "Agreement",
+    "ContextGain",
+    "Haystack",
+    "Perplexity",
+    "Prompt",
+    "Prompts",
+    "Retrieval",
+    "Speed",
+    "agreement",
+    "bootstrap_ratio",
+    "cache_bytes",
+    "context_gain",
+    "decode_speed",
+    "filled_cache",
+    "gain_kept",
+    "is_student",
+    "make_prompts",
+    "paired_points",
+    "peak_memory",
+    "perplexity",
+    "perplexity_by_length",
+    "prefill_speed",
+    "score",
+    "token_nll",
+    "train_examples",
+]

@@ -1,7 +1,7 @@
 """Perplexity, window by window, so that two models can be compared in pairs; and what a model gains from context."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,18 +181,3 @@ def gain_kept(
     drawn = _paired(both, draws, seed)
     low, high = _interval(drawn[:, 0] / drawn[:, 1])
     return student.gain / teacher.gain, low, high
-
-
-def table(scores: Mapping[str, Mapping[int, Perplexity]], *, reference: str) -> list[dict[str, float | str | int]]:
-    """Return rows (model, length, perplexity, ratio to the reference with its interval) for a report.
-
-    Args:
-        scores: model -> length -> score. reference: the model that the others are divided by.
-    """
-    rows: list[dict[str, float | str | int]] = []
-    for name, lengths in scores.items():
-        for length, score in lengths.items():
-            ratio, low, high = bootstrap_ratio(score, scores[reference][length])
-            row = {"model": name, "length": length, "tokens": score.tokens, "perplexity": score.value}
-            rows.append(row | {"ratio": ratio, "ratio_low": low, "ratio_high": high})
-    return rows

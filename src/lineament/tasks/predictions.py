@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from lineament._base.errors import InputError
 CHUNK = 512  # predictions whose logits are held at once
 
 
-def plain(model: nn.Module) -> nn.Module:
+def plain(model: Any) -> Any:
     """Take off the wrappers of data-parallel training and PEFT; adapters stay at work inside."""
     while True:
         if hasattr(model, "get_base_model"):
@@ -26,19 +27,18 @@ def plain(model: nn.Module) -> nn.Module:
 
 def hidden_states(model: nn.Module, input_ids: Tensor, **inputs: Tensor) -> Tensor:
     """Return what the model's head sees, [B, T, D]: the last hidden states after the last norm."""
-    model = plain(model)
-    return model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    return plain(model).base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """Return the logits of some hidden states, [..., vocabulary], in float32 or wider."""
-    model = plain(model)
-    head = model.get_output_embeddings()
+    inner = plain(model)
+    head = inner.get_output_embeddings()
     if head is None:
-        raise InputError(f"{type(model).__name__} has no output embedding; expected a causal language model")
+        raise InputError(f"{type(inner).__name__} has no output embedding; expected a causal language model")
     logits = head(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    config = model.config.get_text_config()
+    config = inner.config.get_text_config()
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0) * (getattr(config, "logit_scale", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits

@@ -128,7 +128,7 @@ Facts = list[str]
 
 
 def _pick(options: Sequence[str], count: int, random: torch.Generator) -> list[str]:
-    return [options[i] for i in torch.randperm(len(options), generator=random)[:count].tolist()]
+    return [options[int(i)] for i in torch.randperm(len(options), generator=random)[:count]]
 
 
 def _code(digits: int, random: torch.Generator) -> str:
@@ -305,13 +305,7 @@ def score(model: nn.Module, prompts: Sequence[Prompt], *, batch_size: int = 1) -
         raise InputError("there are no prompts to score")
     rows = [row for batch in _batched(prompts, batch_size) for row in _score_batch(model, batch)]
     right, total, nll, distance = zip(*rows, strict=True)
-    whole = {"dtype": torch.int64}
-    return Retrieval(
-        torch.tensor(right, **whole),
-        torch.tensor(total, **whole),
-        torch.tensor(nll, dtype=torch.float64),
-        torch.tensor(distance, **whole),
-    )
+    return Retrieval(torch.tensor(right), torch.tensor(total), torch.tensor(nll).double(), torch.tensor(distance))
 
 
 def _batched(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
