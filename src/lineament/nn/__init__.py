@@ -2,6 +2,7 @@
 
 - `MixerConfig`, `build(config) -> ConvertedHeads`, `BUILDERS`: head mixers (`HeadMixer`): they take a layer's q, k, v
   and mix over the tokens; `ConvertedHeads` adds heads that stay softmax, padding and packing.
+- `Mixer(config, Slots(...))`: a whole layer from scratch around a head mixer; `MixerCache` is what it keeps.
 - `FEATURE_MAPS`: phi of linear attention.
 - `Rows`: padding and packing of a block. `KeyValues`, `causal_softmax`: ordinary attention over a growing buffer.
 - `quiet_log_scale`: where a far part starts unheard.
@@ -13,6 +14,7 @@ from lineament.nn.config import MixerConfig
 from lineament.nn.delta import DeltaHeads, DeltaState
 from lineament.nn.feature_maps import FEATURE_MAPS
 from lineament.nn.heads import ConvertedHeads, HeadMixer, LayerState, check_heads_input
+from lineament.nn.mixer import Mixer, MixerCache, Slots
 from lineament.nn.rows import Rows
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.softmax import KeyValues, causal_softmax
@@ -32,9 +34,12 @@ __all__ = [
     "Lightning",
     "LinearHeads",
     "Lolcats",
+    "Mixer",
+    "MixerCache",
     "MixerConfig",
     "Rows",
     "ShortConv",
+    "Slots",
     "SoftmaxWindow",
     "build",
     "causal_softmax",

@@ -138,7 +138,8 @@ class Performer(nn.Module):
             return
         g = torch.Generator().manual_seed(self.seed)
         blocks = [torch.randn(heads, width, width, generator=g) for _ in range(-(-features // width))]
-        directions = torch.cat([torch.linalg.qr(b).Q for b in blocks], dim=-1)[..., :features]
+        turned = [q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None] for q, r in map(torch.linalg.qr, blocks)]
+        directions = torch.cat(turned, dim=-1)[..., :features]  # the signs make them uniform: QR alone is biased
         norms = torch.randn(heads, features, width, generator=g).norm(dim=-1)
         with torch.no_grad():
             self.weight.copy_(directions * norms[:, None])

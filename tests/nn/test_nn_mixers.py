@@ -1,0 +1,191 @@
+"""Laws of every head mixer: a sequence may be cut, padded, packed and reordered; full heads are ordinary softmax."""
+
+import pytest
+import torch
+
+from lineament.nn import BUILDERS, LayerState, MixerConfig, Rows, build, causal_softmax, quiet_log_scale
+from lineament.nn.state import leaves
+
+B, T, HQ, HK, K, D = 2, 23, 6, 3, 8, 24
+OPTIONS = {
+    "hedgehog-window": {"log_scale": -1.0, "decay": True, "query_scale": True, "bias": True},
+    "hedgehog": {"temperature": True, "decay": True},
+    "kda": {"key_norm": "query"},
+}
+KINDS = sorted(BUILDERS)
+
+
+def mixer(kind, full=(), **changes):
+    torch.manual_seed(0)
+    fields = {"window": 6, "sinks": 2, "options": OPTIONS.get(kind, {}), **changes}
+    config = MixerConfig(
+        kind=kind, heads=HQ, key_heads=HK, key_width=K, value_width=K, model_width=D, full_heads=full, **fields
+    )
+    made = build(config).double()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return made.eval()
+
+
+def problem(length=T, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, length, h, K, generator=g, dtype=torch.float64) * 0.6 for h in (HQ, HK, HK))
+    return q, k, v, torch.randn(B, length, D, generator=g, dtype=torch.float64)
+
+
+def run(m, parts, span=slice(None), row=slice(None), **kwargs):
+    q, k, v, x = (part[row, span] for part in parts)
+    return m(q, k, v, x=x, **kwargs)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("full", [(), (1,)])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_sequence_may_be_cut_anywhere(kind, full):
+    m, parts = mixer(kind, full), problem()
+    whole, _ = run(m, parts)
+    state, outs = LayerState(), []
+    for a, b in [(0, 9), (9, 10), (10, 11), (11, 20), *((t, t + 1) for t in range(20, T))]:
+        o, state = run(m, parts, slice(a, b), state=state)
+        outs.append(o)
+    close(torch.cat(outs, dim=1), whole)
+
+
+@pytest.mark.parametrize("full", [(), (0, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_padded_rows_equal_rows_alone_also_when_continued(kind, full):
+    m, parts = mixer(kind, full), problem()
+    valid = torch.ones(B, 15, dtype=torch.bool)
+    valid[1, :4] = False
+    o, state = run(m, parts, slice(0, 15), rows=Rows.make(valid), state=LayerState())
+    outs = [o]
+    for a, b in [(15, 19), *((t, t + 1) for t in range(19, T))]:
+        o, state = run(m, parts, slice(a, b), state=state)
+        outs.append(o)
+    o = torch.cat(outs, dim=1)
+    close(o[:1], run(m, parts, row=slice(0, 1))[0])
+    close(o[1:, 4:], run(m, parts, slice(4, None), slice(1, 2))[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_right_padding_leaves_the_state_where_the_text_ends(kind):
+    m, parts = mixer(kind), problem()
+    valid = torch.ones(B, T, dtype=torch.bool)
+    valid[0, 17:] = False
+    _, state = run(m, parts, rows=Rows.make(valid), state=LayerState())
+    _, alone = run(m, parts, slice(0, 17), slice(0, 1), state=LayerState())
+    state.select(torch.tensor([0]))
+    for (name, ours), (_, theirs) in zip(leaves(state.filling), leaves(alone.filling), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("full", [(), (1,)])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_packed_documents_equal_documents_alone(kind, full):
+    m, parts = mixer(kind, full), problem()
+    starts = torch.zeros(B, T, dtype=torch.bool)
+    starts[0, 7] = starts[0, 8] = starts[1, 12] = True
+    o, _ = run(m, parts, rows=Rows.make(None, starts))
+    for row, a, b in [(0, 0, 7), (0, 7, 8), (0, 8, T), (1, 0, 12), (1, 12, T)]:
+        close(o[row : row + 1, a:b], run(m, parts, slice(a, b), slice(row, row + 1))[0])
+    one = [part[:1] for part in parts]
+    o, _ = run(m, one, cu_seqlens=torch.tensor([0, 5, T]))
+    close(o[:, 5:], run(m, one, slice(5, None))[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_rows_may_be_reordered(kind):
+    m, parts = mixer(kind, (1,)), problem()
+    _, state = run(m, parts, slice(0, 20), state=LayerState())
+    copy = state.copy()
+    copy.select(torch.tensor([1, 1, 0]))
+    swapped = [torch.stack([part[1], part[1], part[0]]) for part in parts]
+    o, _ = run(m, swapped, slice(20, 21), row=slice(None), state=copy)
+    expected, _ = run(m, parts, slice(20, 21), state=state)
+    close(o, expected[[1, 1, 0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_heads_are_softmax_and_the_others_do_not_notice(kind):
+    parts = problem()
+    q, k, v, x = (part.requires_grad_() for part in parts)
+    m = mixer(kind, (0, 2))
+    o, _ = run(m, parts)
+    exact = causal_softmax(q, k, v)
+    close(o[:, :, [0, 1, 4, 5]], exact[:, :, [0, 1, 4, 5]])
+    close(o[:, :, 2:4], m.filling(q[:, :, 2:4], k[:, :, 1:2], v[:, :, 1:2], x=x)[0])
+    o.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in [*m.parameters(), q, k, v])
+
+
+def test_a_layer_of_full_heads_only_has_no_filling():
+    m, parts = mixer("kda", (0, 1, 2)), problem()
+    close(run(m, parts)[0], causal_softmax(*parts[:3]))
+    assert not list(m.parameters())
+
+
+@pytest.mark.parametrize("kind", ["hedgehog-window", "softmax-window", "lolcats"])
+def test_a_window_over_everything_is_softmax(kind):
+    m, parts = mixer(kind, window=T + 1), problem()
+    close(run(m, parts)[0], causal_softmax(*parts[:3]))
+
+
+@torch.no_grad()
+def test_a_far_part_switched_off_is_window_and_sinks():
+    m, parts = mixer("hedgehog-window"), problem()
+    m.filling.log_scale.fill_(-torch.inf)
+    close(run(m, parts)[0], run(mixer("softmax-window"), parts)[0])
+
+
+@torch.no_grad()
+def test_the_quiet_start_is_a_no_op_to_its_share():
+    parts = problem(60)
+    m = mixer("hedgehog-window", options={})
+    m.filling.map_q.reset_parameters(), m.filling.map_k.reset_parameters(), m.filling.reset_parameters()
+    m.filling.log_scale.copy_(quiet_log_scale(*parts[:2], window=6, sinks=2))
+    error = (run(m, parts)[0] - run(mixer("softmax-window"), parts)[0]).abs().max()
+    assert 0 < error < 1e-3 * parts[2].abs().max() * 2
+
+
+@torch.no_grad()
+def test_a_fresh_delta_layer_passes_the_teachers_queries_on():
+    """One token: u = beta (v |k|), o = k_hat u . q = beta (q . k) v, with the gate open and the convolution silent."""
+    q, k, v, x = problem(1)
+    for kind in ("kda", "gated-deltanet"):
+        config = MixerConfig(kind=kind, heads=HQ, key_heads=HK, key_width=K, value_width=K, model_width=D)
+        o, _ = build(config).double()(q, k, v, x=x)
+        k2, v2 = (part.repeat_interleave(2, dim=2) for part in (k, v))
+        close(o, 0.5 * (q * k2).sum(-1, keepdim=True) * v2)
+
+
+@torch.no_grad()
+def test_folded_gates_follow_a_changed_parameter():
+    m, parts = mixer("hedgehog-window"), problem()
+    _, state = run(m, parts, slice(0, 20), state=LayerState())
+    before, _ = run(m, parts, slice(20, 21), state=state.copy())
+    m.filling.log_scale.add_(2.0)
+    after, _ = run(m, parts, slice(20, 21), state=state.copy())
+    assert (before - after).abs().max() > 1e-3
+    close(after, run(m, parts, slice(0, 21))[0][:, 20:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_bf16_inputs_keep_a_wide_state(kind):
+    m = mixer(kind).to(torch.bfloat16)
+    q, k, v, x = (part.bfloat16() for part in problem())
+    o, state = m(q, k, v, x=x, state=LayerState())
+    assert o.dtype == torch.bfloat16
+    assert o.isfinite().all()
+    assert any(t.dtype == torch.float32 for _, t in leaves(state.filling)) or kind == "softmax-window"
+    wide, _ = mixer(kind).float()(*(part.float() for part in (q, k, v)), x=x.float())
+    assert (o.float() - wide).abs().max() < 0.15 * wide.abs().max()
