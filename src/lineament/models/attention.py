@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
 
 from lineament._base.errors import InputError
 from lineament.models.cache import MixerLayer, StudentCache, adopt
-from lineament.nn import Rows
+from lineament.nn import Rows, causal_softmax
 
 NAME = "lineament"
 
@@ -55,11 +56,15 @@ def attend(
         [B, T, Hq, V], and None (there are no weights to give).
     """
     mixer = getattr(module, "mixer", None)
-    if mixer is None or lineament is None:
+    packed = lineament_rows is not None and lineament_rows.valid is None
+    sliding = getattr(module, "sliding_window", None) is not None or kwargs.get("softcap") is not None
+    if mixer is None and (sliding or not packed):
         return ordinary(module, query, key, value, attention_mask, scaling, **kwargs)
     q = query.transpose(1, 2)
     q = q * (query.shape[-1] ** -0.5 if scaling is None else scaling) if scaling != 1.0 else q
     k, v = key.transpose(1, 2), value.transpose(1, 2)
+    if mixer is None or lineament is None:
+        return causal_softmax(q, k, v, rows=lineament_rows), None
     if lineament.memory is not None:
         return lineament.memory.advance(mixer, q, k, v, lineament.x, lineament.rows), None
     return mixer(q, k, v, x=lineament.x, rows=lineament.rows, keep=False)[0], None
@@ -133,13 +138,32 @@ def _parameters(cls: type) -> list[str]:
 @cache
 def attention_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the class of a converted attention module whose teacher is `cls`."""
-    return type(f"Lineament{cls.__name__}", (_Attention, cls), {"__module__": __name__})
+    return _published(type(f"Lineament{cls.__name__}", (_Attention, cls), {"__module__": __name__}))
 
 
 @cache
 def decoder_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the class of a student's decoder whose teacher is `cls`."""
-    return type(f"Lineament{cls.__name__}", (_Decoder, cls), {"__module__": __name__})
+    made = _published(type(f"Lineament{cls.__name__}", (_Decoder, cls), {"__module__": __name__}))
+    # transformers looks up what output_hidden_states may record by the class's name, and fills the table in __init__
+    dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(made), cls._can_record_outputs)
+    return made
+
+
+def _published(cls: type) -> type:
+    """Make a class that was made here findable by name, so that it can be pickled."""
+    globals()[cls.__name__] = cls
+    return cls
+
+
+def __getattr__(name: str) -> type:
+    """Make the class an unpickler asks for: `LineamentLlamaAttention` from `LlamaAttention`, and so on."""
+    base = name.removeprefix("Lineament")
+    for path, module in list(sys.modules.items()):
+        if base != name and path.startswith("transformers.models.") and vars(module).get(base) is not None:
+            cls = vars(module)[base]
+            return attention_class(cls) if "Attention" in base else decoder_class(cls)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def prepared(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
