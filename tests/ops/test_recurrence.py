@@ -20,7 +20,7 @@ def same(p, backend, wanted=None, tolerance=EXACT, **options):
     assert max(errors.values()) < tolerance, errors
 
 
-@pytest.mark.parametrize("T", [1, 63, 64, 65, 130])  # one step, and both sides of a chunk edge
+@pytest.mark.parametrize("T", [1, 15, 33, 63, 64, 65, 130])  # one step, both sides of the edges of chunks and panels
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("delta", [False, True], ids=["decayed", "delta"])
 def test_backends_equal_the_reference_with_gradients(delta, gate, T):

@@ -1,7 +1,7 @@
 """Decayed products inside a chunk, their gradients, and what a chunk's decay does to the state.
 
-N rows (batch x state heads), C tokens of a chunk, r query rows per token, K key width. With G the inclusive sums of
-log decays since the chunk began:
+N rows (chunks x batch x state heads), C tokens of a chunk, r query rows per token, K key width. With G the
+inclusive sums of log decays since the chunk began:
 
     read    e^{G_i}          what a token sees of the state before the chunk
     write   e^{G_C - G_j}    what is left of a token's write at the end of the chunk
@@ -10,14 +10,14 @@ log decays since the chunk began:
 
 Every exponent is a sum of log decays over a segment (or a difference of float64 sums), so it is <= 0 and keeps its
 digits however extreme the gates are; e^{-G} is never formed, and nothing depends on later tokens.
-One object serves one chunk after another on the same buffers `at` (q, k, qk, for the delta rule kk, and in the backward
-dq, dk, dk_row, dqk, dkk); `load` overwrites what it held.
+One object serves one panel of chunks after another on the same buffers `at` (q, k, qk, for the delta rule kk, and in the
+backward dq, dk, dk_row, dqk, dkk); `load` overwrites what it held.
 """
 
 import torch
 from torch import Tensor
 
-from lineament.ops.recurrence.layout import Loader
+from lineament.ops.recurrence.layout import Tiles
 
 Buffers = dict[str, Tensor]
 
@@ -68,14 +68,14 @@ class NoDecay:
 class HeadDecay(NoDecay):
     """log_decay [B, T, Hs]: one matrix of weights e^{G_i - G_j} for all channels."""
 
-    def __init__(self, at: Buffers, rows: int, tiles: Tensor):
+    def __init__(self, at: Buffers, rows: int, tiles: Tensor, count: int):
         super().__init__(at, rows)
         N, C, _ = at["k"].shape
         self.weight = at["k"].new_empty(N, C, C)
-        self.loader = Loader(at["k"].new_empty(N, C, 1, dtype=torch.float64), tiles)  # [B, Hs, 1, T, 1, 1]
+        self.tiles = Tiles(at["k"].new_empty(N, C, 1, dtype=torch.float64), tiles, count)
 
     def load(self, start: int, stop: int) -> None:
-        total = self.loader(start, stop).cumsum_(1)  # [N, C, 1]
+        total = self.tiles.load(start, stop).cumsum_(1)  # [N, C, 1]
         torch.sub(total, total.mT, out=self.weight)
         self.weight.tril_().exp_().tril_()  # masked before exp; the second mask turns e^0 into 0
         self.read = total.exp().to(self.weight.dtype)
@@ -117,15 +117,15 @@ class HeadDecay(NoDecay):
         return total.flip(1).cumsum_(1).flip(1)
 
 
-def make_pairs(log_decay: Tensor | None, tiles: Tensor | None, at: Buffers, rows: int) -> NoDecay:
-    """Return the object for None, [B, T, Hs] or [B, T, Hs, K] log decays (`tiles`: their tiled view)."""
+def make_pairs(log_decay: Tensor | None, tiles: Tensor | None, at: Buffers, rows: int, count: int) -> NoDecay:
+    """Return the object for None, [B, T, Hs] or [B, T, Hs, K] log decays (`tiles`: their tiled view; `count` chunks)."""
     if log_decay is None or tiles is None:
         return NoDecay(at, rows)
     if log_decay.dim() == 3:
-        return HeadDecay(at, rows, tiles)
+        return HeadDecay(at, rows, tiles, count)
     from lineament.ops.recurrence.pairs_channel import ChannelDecay
 
-    return ChannelDecay(at, rows, tiles)
+    return ChannelDecay(at, rows, tiles, count)
 
 
 def _heads_first(pairs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ token each, so the block is one matmul. Only products of a token with itself are
 import torch
 from torch import Tensor
 
-from lineament.ops.recurrence.layout import Loader
+from lineament.ops.recurrence.layout import Tiles
 from lineament.ops.recurrence.pairs import Buffers, HeadDecay, NoDecay
 
 SUMMED = 4  # up to blocks of this many tokens, log decays are summed and then exponentiated; beyond, factors multiplied
@@ -94,7 +94,7 @@ class Level:
 class ChannelDecay(HeadDecay):
     """log_decay [B, T, Hs, K]."""
 
-    def __init__(self, at: Buffers, rows: int, tiles: Tensor):
+    def __init__(self, at: Buffers, rows: int, tiles: Tensor, count: int):
         NoDecay.__init__(self, at, rows)
         N, C, K = at["k"].shape
         at["qk"].zero_()  # only what is on and below the diagonal is ever written
@@ -103,14 +103,14 @@ class ChannelDecay(HeadDecay):
         self.since = torch.empty_like(at["k"])  # sums (factors) from the start of a token's block to the token
         self.until = torch.empty_like(at["k"])  # sums (factors) behind the token to the end of its block
         self.read, self.write = self.since, self.until
-        self.loader = Loader(self.since, tiles)  # [B, Hs, 1, T, 1, K]
+        self.tiles = Tiles(self.since, tiles, count)
         self.levels = [Level(at, rows, 1 << i) for i in range(C.bit_length() - 1)]
         self.views = [(*level.halves(self.since), *level.halves(self.until)) for level in self.levels]
         self.queries = at["q"].view(N, C, rows, K)
         self.own = at["qk"].view(N, C, rows, C).diagonal(dim1=1, dim2=3).transpose(1, 2)  # [N, C, r]
 
     def load(self, start: int, stop: int) -> None:
-        self.loader(start, stop)
+        self.tiles.load(start, stop)
         self.last = self.since.sum(1).exp()[..., None]  # [N, K, 1]
         self.until.zero_()
         summed = True
