@@ -1,0 +1,25 @@
+"""The batteries any new row joins: every backend of an operator, every head mixer. Needs no test runner.
+
+A broken law is an AssertionError that says which law, where, and by how much. With pytest, one test per law:
+
+    @pytest.mark.parametrize("law", MIXER_LAWS)
+    def test_my_mixer(law):
+        check_mixer(make, laws=[law])
+"""
+
+from lineament.testing.compare import TOLERANCE, rms, same
+from lineament.testing.mixer import MIXER_LAWS, MixerCase, check_mixer
+from lineament.testing.op import INPUTS, OP_LAWS, OpCase, check_op
+
+__all__ = [
+    "INPUTS",
+    "MIXER_LAWS",
+    "OP_LAWS",
+    "TOLERANCE",
+    "MixerCase",
+    "OpCase",
+    "check_mixer",
+    "check_op",
+    "rms",
+    "same",
+]

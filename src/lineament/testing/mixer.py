@@ -1,0 +1,387 @@
+"""`check_mixer`: what every head mixer must do, law by law."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineament._base.errors import unknown
+from lineament._base.seeds import generator, seeded
+from lineament.testing.compare import TOLERANCE, copied, leaves, rms, same
+
+Make = Callable[..., nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerCase:
+    """The shape of a trial."""
+
+    batch: int = 2
+    length: int = 70
+    heads: int = 4
+    key_heads: int = 2
+    key_width: int = 8
+    value_width: int = 8
+    model_width: int = 16
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+    seed: int = 0
+
+    def shape(self) -> dict[str, int]:
+        """What the mixer is built from."""
+        names = ("heads", "key_heads", "key_width", "value_width", "model_width")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The inputs of a call: q (scaled), k, v and the layer's input x."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "_Block":
+        return _Block(*(function(each) for each in (self.q, self.k, self.v, self.x)))
+
+    def part(self, begin: int, end: int | None = None) -> "_Block":
+        return self.map(lambda each: each[:, begin:end])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"q": self.q, "k": self.k, "v": self.v, "x": self.x}
+
+
+def check_mixer(
+    make: Make,
+    *,
+    case: MixerCase = MixerCase(),
+    begin: Callable[[], Any] = lambda: None,
+    laws: Iterable[str] | None = None,
+    shake: float = 0.3,
+    constant_state: bool = True,
+    tolerance: float | None = None,
+) -> list[str]:
+    """Hold a head mixer to the protocol of `lineament.nn.HeadMixer`.
+
+    Laws: `shape` (axes, dtype, finite), `causal` (the future changes nothing), `chunked` (a sequence cut anywhere, with
+    its state), `stepwise` (token by token without gradients), `batched` (rows do not know each other), `packed`
+    (documents in one row, also continued from their states), `padded` (left and right), `grouped` (key heads 1, 2, all;
+    a key head reaches its own query heads only), `reordered` (rows of the state taken, repeated), `gradients` (cut or
+    whole), `gradcheck` (finite differences, parameters too), `bf16`, `large` (inputs thirty times as large stay
+    finite), `deterministic`, `pure` (inputs and the state given to a block of tokens unchanged), `constant` (the
+    state's bytes do not grow).
+
+    A state is None, a tensor, a tuple of states, or an object with `tensors()` (name -> tensor) and `select(index)`.
+
+    Args:
+        make: called as `make(heads=, key_heads=, key_width=, value_width=, model_width=)`, returns the module.
+        case: the shape; the dtype float64 is what makes tight tolerances possible.
+        begin: the state before the first token, None by the protocol.
+        laws: some of `MIXER_LAWS`; all if None.
+        shake: parameters are moved by that much, so that none sits at a harmless start.
+        constant_state: False for mixers that keep ordinary keys and values in some heads.
+        tolerance: the largest error as a share of the largest value; by dtype if None.
+
+    Returns:
+        The laws that were checked.
+
+    Raises:
+        AssertionError: a law is broken; the message says which, where and by how much.
+
+    Example:
+        >>> from lineament.nn import MixerConfig, build
+        >>> make = lambda **shape: build(MixerConfig(kind="lightning", **shape))
+        >>> check_mixer(make, case=MixerCase(length=9), laws=["causal", "chunked"])
+        ['causal', 'chunked']
+    """
+    wanted = list(MIXER_LAWS if laws is None else laws)
+    for law in wanted:
+        if law not in MIXER_LAWS:
+            raise unknown("law", law, MIXER_LAWS)
+    allowed = 10 * TOLERANCE[case.dtype] if tolerance is None else tolerance
+    trial = _Trial(make, case, begin, shake, constant_state, allowed)
+    for law in wanted:
+        MIXER_LAWS[law](trial)
+    return wanted
+
+
+@dataclass(frozen=True)
+class _Trial:
+    make: Make
+    case: MixerCase
+    begin: Callable[[], Any]
+    shake: float
+    constant_state: bool
+    tolerance: float
+
+    def mixer(self, case: MixerCase | None = None) -> nn.Module:
+        case = case or self.case
+        with seeded(case.seed):
+            mixer = self.make(**case.shape())
+        noise = generator(case.seed + 1)
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                if parameter.is_floating_point():
+                    parameter += self.shake * torch.randn(parameter.shape, generator=noise).to(parameter)
+        return mixer.to(case.device, case.dtype).eval()
+
+    def block(self, case: MixerCase | None = None, salt: int = 0) -> _Block:
+        case = case or self.case
+        random = generator(case.seed * 100 + salt)
+
+        def draw(*shape: int) -> Tensor:
+            values = torch.randn(case.batch, case.length, *shape, generator=random, dtype=torch.float64)
+            return values.to(case.device, case.dtype)
+
+        q = draw(case.heads, case.key_width) * case.key_width**-0.5
+        return _Block(
+            q, draw(case.key_heads, case.key_width), draw(case.key_heads, case.value_width), draw(case.model_width)
+        )
+
+    def run(self, mixer: nn.Module, block: _Block, state: Any = None, **keywords: Any) -> tuple[Tensor, Any]:
+        state = self.begin() if state is None else state
+        return mixer(block.q, block.k, block.v, x=block.x, state=state, **keywords)
+
+    def cut(self, mixer: nn.Module, block: _Block, places: Sequence[int]) -> tuple[Tensor, Any]:
+        outputs, state = [], None
+        for begin, end in zip([0, *places], [*places, block.q.shape[1]], strict=True):
+            o, state = self.run(mixer, block.part(begin, end), state)
+            outputs.append(o)
+        return torch.cat(outputs, 1), state
+
+
+def _shape(trial: _Trial) -> None:
+    case = replace(trial.case, length=5)
+    o, _ = trial.run(trial.mixer(case), trial.block(case))
+    expected = (case.batch, case.length, case.heads, case.value_width)
+    if tuple(o.shape) != expected or o.dtype != case.dtype:
+        raise AssertionError(f"shape: the result is {tuple(o.shape)}, {o.dtype}; expected {expected}, {case.dtype}")
+    if not o.isfinite().all():
+        raise AssertionError("shape: the result holds NaN or infinity")
+
+
+def _causal(trial: _Trial) -> None:
+    mixer, block, other = trial.mixer(), trial.block(), trial.block(salt=7)
+    o, _ = trial.run(mixer, block)
+    for at in {1, trial.case.length // 2, trial.case.length - 1}:
+        mixed = [torch.cat([a[:, :at], 3 * b[:, at:]], 1) for a, b in _pairs(block, other)]
+        changed, _ = trial.run(mixer, _Block(*mixed))
+        same(changed[:, :at], o[:, :at], trial.tolerance, f"causal: outputs before token {at}, which changed")
+        if torch.equal(changed[:, at:], o[:, at:]):
+            raise AssertionError(f"causal: nothing changed from token {at} on although the inputs did")
+
+
+def _chunked(trial: _Trial) -> None:
+    mixer, block, T = trial.mixer(), trial.block(), trial.case.length
+    whole = trial.run(mixer, block)
+    for places in ([1], [T // 2], [T - 1], [3, 4, T // 2 + 1], [T // 3, 2 * T // 3]):
+        same(trial.cut(mixer, block, places), whole, trial.tolerance, f"chunked, cut at {places}")
+
+
+def _stepwise(trial: _Trial) -> None:
+    mixer, block, T = trial.mixer(), trial.block(), trial.case.length
+    with torch.no_grad():
+        whole = trial.run(mixer, block)
+        same(trial.cut(mixer, block, range(1, T)), whole, trial.tolerance, "stepwise from nothing")
+        same(trial.cut(mixer, block, range(T // 2, T)), whole, trial.tolerance, "stepwise after a prefill")
+
+
+def _batched(trial: _Trial) -> None:
+    mixer, block = trial.mixer(), trial.block()
+    o, _ = trial.run(mixer, block)
+    for row in range(trial.case.batch):
+        one, _ = trial.run(mixer, block.map(lambda each, row=row: each[row : row + 1]))
+        same(one, o[row : row + 1], trial.tolerance, f"batched: row {row} alone")
+
+
+def _packed(trial: _Trial) -> None:
+    T = trial.case.length
+    lengths = (1, T // 2, 3, T - T // 2 - 4)
+    case = replace(trial.case, batch=1)
+    mixer, block, more = trial.mixer(case), trial.block(case), trial.block(case, salt=9)
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(case.device)
+    bounds = list(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
+    o, state = trial.run(mixer, block, cu_seqlens=ends)
+    again, state = trial.run(mixer, more, state, cu_seqlens=ends)
+    for row, (begin, end) in enumerate(bounds):
+        one, own = trial.run(mixer, block.part(begin, end))
+        same(o[:, begin:end], one, trial.tolerance, f"packed: document {row}")
+        one, own = trial.run(mixer, more.part(begin, end), own)
+        same(again[:, begin:end], one, trial.tolerance, f"packed: document {row}, continued")
+        if not hasattr(own, "tensors"):
+            rows = {name: x[row : row + 1] for name, x in leaves(state)}
+            same(rows, dict(leaves(own)), trial.tolerance, f"packed: state of document {row}")
+
+
+def _padded(trial: _Trial) -> None:
+    from lineament.nn import Rows
+
+    mixer, T = trial.mixer(), trial.case.length
+    short = T // 3
+    for side in ("left", "right"):
+        valid = torch.ones(2, T, dtype=torch.bool, device=trial.case.device)
+        real = slice(short, T) if side == "left" else slice(0, T - short)
+        valid[0] = False
+        valid[0, real] = True
+        case = replace(trial.case, batch=2)
+        block = trial.block(case).map(lambda x, valid=valid: x.masked_fill(~valid.view(2, T, *[1] * (x.ndim - 2)), 1e4))
+        rows = Rows.make(valid)
+        if "rows" in inspect.signature(mixer.forward).parameters:
+            o, _ = trial.run(mixer, block, rows=rows)
+        else:
+            o, _ = trial.run(mixer, block.map(rows.pack), cu_seqlens=rows.cu_seqlens)
+            o = rows.unpack(o)
+        for row, where in ((0, real), (1, slice(0, T))):
+            one, _ = trial.run(mixer, block.map(lambda x, row=row, where=where: x[row : row + 1, where]))
+            same(o[row : row + 1, where], one, trial.tolerance, f"padded on the {side}: row {row}")
+
+
+def _grouped(trial: _Trial) -> None:
+    for key_heads in sorted({1, trial.case.heads // 2, trial.case.heads}):
+        case = replace(trial.case, key_heads=key_heads, length=9)
+        mixer, block = trial.mixer(case), trial.block(case)
+        groups = case.heads // key_heads
+        whole = trial.run(mixer, block)
+        same(trial.cut(mixer, block, [4]), whole, trial.tolerance, f"grouped, {key_heads} key heads, cut")
+        for name in ("k", "v"):
+            changed = getattr(block, name).clone()
+            changed[:, :, -1] *= -1.5
+            o, _ = trial.run(mixer, replace(block, **{name: changed}))
+            own = case.heads - groups
+            same(o[:, :, :own], whole[0][:, :, :own], trial.tolerance, f"grouped: {name} of the last head, other heads")
+            if torch.allclose(o[:, :, own:], whole[0][:, :, own:]):
+                raise AssertionError(f"grouped: {name} of the last head changed nothing in its own query heads")
+
+
+def _reordered(trial: _Trial) -> None:
+    from lineament.nn.state import tree_map
+
+    mixer, block, more = trial.mixer(), trial.block(), trial.block(salt=5)
+    index = torch.tensor([trial.case.batch - 1, 0, 0], device=trial.case.device)
+    with torch.no_grad():
+        _, state = trial.run(mixer, block)
+        if hasattr(state, "tensors"):
+            state.select(index)
+        else:
+            state = tree_map(lambda x: x.index_select(0, index), state)
+        o, _ = trial.run(mixer, more.map(lambda x: x[index]), state)
+        _, whole = trial.run(mixer, block)
+        expected, _ = trial.run(mixer, more, whole)
+    same(o, expected[index], trial.tolerance, "reordered: rows of the state taken and repeated")
+
+
+def _gradients(trial: _Trial) -> None:
+    case = replace(trial.case, length=min(trial.case.length, 40))
+    mixer, block = trial.mixer(case), trial.block(case)
+    slopes = []
+    for places in ([], [1, case.length // 2]):
+        given = block.map(lambda x: x.clone().requires_grad_())
+        o, _ = trial.cut(mixer, given, places)
+        weight = torch.arange(o.numel(), device=o.device, dtype=o.dtype).view(o.shape).sin()
+        wanted = [*given.tensors().values(), *(p for p in mixer.parameters() if p.requires_grad)]
+        slopes.append(torch.autograd.grad((o * weight).sum(), wanted, allow_unused=True))
+    whole, cut = ([torch.zeros(1) if g is None else g for g in each] for each in slopes)
+    same(cut, whole, 10 * trial.tolerance, "gradients of a sequence in pieces")
+
+
+def _gradcheck(trial: _Trial) -> None:
+    if trial.case.dtype != torch.float64:
+        return  # finite differences need it
+    case = replace(trial.case, batch=1, length=6, heads=2, key_heads=1)
+    mixer, block = trial.mixer(case), trial.block(case)
+    weights = {name: p.detach().clone() for name, p in mixer.named_parameters() if p.requires_grad}
+    given = [x.requires_grad_() for x in (*block.tensors().values(), *weights.values())]
+
+    def function(q: Tensor, k: Tensor, v: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
+        named = dict(zip(weights, rest, strict=True))
+        keywords = {"x": x, "state": trial.begin()}
+        return torch.func.functional_call(mixer, named, (q, k, v), keywords)[0]
+
+    if not torch.autograd.gradcheck(function, given, fast_mode=True, raise_exception=False, atol=1e-4):
+        raise AssertionError("gradcheck: the gradients are not those of finite differences")
+
+
+def _bf16(trial: _Trial) -> None:
+    case = replace(trial.case, dtype=torch.bfloat16)
+    mixer, block = trial.mixer(case), trial.block(case)
+    wide = copy.deepcopy(mixer).double()
+    o, state = trial.run(mixer, block)
+    expected, _ = trial.run(wide, block.map(Tensor.double))
+    if o.dtype != torch.bfloat16:
+        raise AssertionError(f"bf16: the result is {o.dtype}; expected the inputs' dtype")
+    rms(o, expected, 2 * TOLERANCE[torch.bfloat16], "bf16: result")
+    with torch.no_grad():
+        step, _ = trial.run(mixer, block.part(0, 1), state)
+    rms(step, trial.run(wide, block.map(Tensor.double).part(0, 1), trial.run(wide, block.map(Tensor.double))[1])[0],
+        2 * TOLERANCE[torch.bfloat16], "bf16: a step")  # fmt: skip
+
+
+def _large(trial: _Trial) -> None:
+    mixer, block = trial.mixer(), trial.block()
+    given = block.map(lambda x: (30 * x).requires_grad_())
+    o, _ = trial.run(mixer, given)
+    slopes = torch.autograd.grad(o.sum(), list(given.tensors().values()), allow_unused=True)
+    for name, x in leaves([o, *(g for g in slopes if g is not None)], "large inputs: result and gradients"):
+        if not x.isfinite().all():
+            raise AssertionError(f"{name} holds NaN or infinity")
+
+
+def _deterministic(trial: _Trial) -> None:
+    block = trial.block()
+    first = copied(trial.run(trial.mixer(), block))
+    same(copied(trial.run(trial.mixer(), block)), first, 0.0, "deterministic: the same mixer built and run again")
+
+
+def _pure(trial: _Trial) -> None:
+    mixer, block = trial.mixer(), trial.block()
+    before = copied(block)
+    _, state = trial.run(mixer, block)
+    same(copied(block), before, 0.0, "pure: the inputs after the run")
+    if hasattr(state, "tensors"):
+        return  # an object that is filled as it goes
+    kept = copied(state)
+    trial.run(mixer, block.part(0, 5), state)
+    same(copied(state), kept, 0.0, "pure: the state given to a block of tokens")
+
+
+def _constant(trial: _Trial) -> None:
+    if not trial.constant_state:
+        return
+    mixer, sizes = trial.mixer(), []
+    for factor in (1, 3):
+        case = replace(trial.case, length=factor * trial.case.length)
+        with torch.no_grad():
+            _, state = trial.run(mixer, trial.block(case))
+        sizes.append(sum(x.numel() * x.itemsize for _, x in leaves(state)))
+    if sizes[0] != sizes[1]:
+        raise AssertionError(f"constant: the state grew from {sizes[0]} to {sizes[1]} bytes with the sequence")
+
+
+MIXER_LAWS: dict[str, Callable[[_Trial], None]] = {
+    "shape": _shape,
+    "causal": _causal,
+    "chunked": _chunked,
+    "stepwise": _stepwise,
+    "batched": _batched,
+    "packed": _packed,
+    "padded": _padded,
+    "grouped": _grouped,
+    "reordered": _reordered,
+    "gradients": _gradients,
+    "gradcheck": _gradcheck,
+    "bf16": _bf16,
+    "large": _large,
+    "deterministic": _deterministic,
+    "pure": _pure,
+    "constant": _constant,
+}
+"""The laws of `check_mixer`, by name."""
+
+
+def _pairs(a: _Block, b: _Block) -> Iterable[tuple[Tensor, Tensor]]:
+    return zip(a.tensors().values(), b.tensors().values(), strict=True)
