@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, in a process of its own: the switch is read when a kernel is defined."""
+"""The Triton kernels under Triton's interpreter, in a process of its own: a kernel reads the switch when defined."""
 
 import os
 import subprocess
@@ -24,7 +24,8 @@ def same(p, tolerance, **options):
 @pytest.mark.skipif(INTERPRETED, reason="starts the process that interprets the kernels")
 def test_the_kernels_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

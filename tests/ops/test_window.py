@@ -251,3 +251,28 @@ def test_a_step_refuses_to_lose_a_gradient():
     state = empty_state(2, 2, 4, 3, 5, window=3, sinks=1, like=x["k"].detach())
     with pytest.raises(RuntimeError, match="no gradient"):
         windowed_step_(**at(x, 0), state=state, window=3, sinks=1)
+
+
+def test_compiled_equals_eager_with_gradients():
+    results = []
+    compiled = torch.compile(windowed_linear_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for form in (windowed_linear_attention, compiled):
+        for T in (40, 9):
+            x = problem(T, decay=True, grad=True)
+            o, state = form(**x, window=7, sinks=2)
+            (o.sin().sum() + state.far.sum() + state.keys.sum()).backward()
+            results.append((o, *state, *(t.grad for t in x.values())))
+    torch.testing.assert_close(results[:2], results[2:], **EXACT)
+
+
+def test_exported_with_any_number_of_tokens():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, phi_q, phi_k, log_scale):
+            return windowed_linear_attention(q, k, v, phi_q, phi_k, log_scale, window=7, sinks=2)[0]
+
+    inputs = tuple(problem(30).values())[:6]
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(Attention(), inputs, dynamic_shapes=tuple({1: tokens} for _ in inputs))
+    for T in (3, 8, 200):
+        other = tuple(problem(T).values())[:6]
+        torch.testing.assert_close(program.module()(*other), Attention()(*other), **EXACT)

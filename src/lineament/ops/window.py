@@ -15,6 +15,7 @@ from torch import Tensor
 from lineament._base.backends import Backend, choose
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
+from lineament.ops import window_traced
 from lineament.ops.linear import linear_attention
 from lineament.ops.window_state import WindowCall, WindowState, advanced, empty_state, sink_rows, with_past
 from lineament.ops.window_step import windowed_step_
@@ -172,7 +173,7 @@ def _segments(rows: int, tokens: int, counts: list[int], offsets: list[int] | No
 def _check(
     q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor | None, phi_k: Tensor | None, log_scale: Tensor | None,
     log_decay: Tensor | None, cu_seqlens: Tensor | None, window: int, sinks: int,
-) -> dict[str, int]:  # fmt: skip
+) -> None:  # fmt: skip
     n = bind(
         "q: B T Hq K, k: B T Hk K, v: B T Hk V, phi_q: B T Hq F, phi_k: B T Hk F, log_decay: B T Hk",
         q, k, v, phi_q, phi_k, log_decay,
@@ -190,7 +191,8 @@ def _check(
         bind("q: B T Hq K, log_scale: B T Hq", q, log_scale)
     if cu_seqlens is not None and n["B"] != 1:
         raise InputError(f"q has B={n['B']}, but packed documents (cu_seqlens) need B=1")
-    return n
+    if cu_seqlens is None and n["T"] == 0:
+        raise InputError("q has T=0; give at least one token")
 
 
 def _attend(
@@ -198,28 +200,31 @@ def _attend(
     window: int, sinks: int, log_decay: Tensor | None, state: WindowState | None, cu_seqlens: Tensor | None,
     backend: str, relative: bool,
 ) -> tuple[Tensor, WindowState]:  # fmt: skip
-    n = _check(q, k, v, phi_q, phi_k, log_scale, log_decay, cu_seqlens, window, sinks)
+    if not torch.compiler.is_compiling():  # (traced sizes may be symbols)
+        _check(q, k, v, phi_q, phi_k, log_scale, log_decay, cu_seqlens, window, sinks)
+    (B, T, Hq, K), Hk = q.shape, k.shape[2]
     if phi_q is None or phi_k is None or log_scale is None:
         phi_q, phi_k = q[..., :0], k[..., :0]
-        log_scale = q.new_full((1,), -torch.inf).expand(n["Hq"])
-    log_scale = log_scale.expand(n["B"], n["T"], n["Hq"])
+        log_scale = q.new_full((1,), -torch.inf).expand(Hq)
+    log_scale = log_scale.expand(B, T, Hq)
     offsets = None if cu_seqlens is None else cu_seqlens.tolist()
-    rows = n["B"] if offsets is None else len(offsets) - 1
+    rows = B if offsets is None else len(offsets) - 1
     if state is None:
         counts = [0] * rows
-        state = empty_state(rows, n["Hk"], n["K"], n["V"], phi_k.shape[-1], window=window, sinks=sinks, like=k)
+        state = empty_state(rows, Hk, K, v.shape[-1], phi_k.shape[-1], window=window, sinks=sinks, like=k)
     else:
-        slots = [rows, n["Hk"], window + sinks, n["K"]]
+        slots = [rows, Hk, window + sinks, K]
         if list(state.keys.shape) != slots:
             raise InputError(f"the state's keys have shape {list(state.keys.shape)}; these arguments need {slots}")
         counts = state.count.tolist()
     heads_first = [x.transpose(1, 2) for x in (k, v, phi_k)]
     outs, states = [], []
-    run = choose(BACKENDS, backend, q)
-    for part in _segments(n["B"], n["T"], counts, offsets):
+    traced = backend != "reference" and torch.compiler.is_compiling()
+    run = window_traced.run if traced else choose(BACKENDS, backend, q)
+    for part in _segments(B, T, counts, offsets):
         here = (part.rows, part.tokens)
         past = WindowState(*(x[part.memory] for x in state))
-        if part.tokens.stop == part.tokens.start:
+        if offsets is not None and part.tokens.stop == part.tokens.start:
             states.append(past)
             continue
         keys, values, features = (x[part.rows, :, part.tokens] for x in heads_first)
@@ -239,7 +244,7 @@ def _attend(
         states.append(WindowState(far, slots[0], slots[1], slots[2], past.count + keys.shape[2]))
     if len(states) == 1:
         return outs[0], states[0]
-    o = torch.cat(outs, dim=0 if offsets is None else 1) if outs else v.new_empty(n["B"], 0, n["Hq"], n["V"])
+    o = torch.cat(outs, dim=0 if offsets is None else 1) if outs else v.new_empty(B, 0, Hq, v.shape[-1])
     return o, WindowState(*(torch.cat(x) for x in zip(*states, strict=True)))
 
 

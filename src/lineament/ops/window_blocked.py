@@ -63,8 +63,12 @@ def walk_of(call: WindowCall) -> Walk:
     return Walk(call, narrow, call.sink_k.flatten(0, 1).to(narrow), call.sink_v.flatten(0, 1).to(narrow))
 
 
+def block_size(device: torch.device) -> int:
+    return BLOCK if device.type == "cpu" else BLOCK_DEVICE
+
+
 def blocks(call: WindowCall) -> Iterator[Block]:
-    size = BLOCK if call.q.device.type == "cpu" else BLOCK_DEVICE
+    size = block_size(call.q.device)
     T, P, w = call.q.shape[1], call.prefix, call.window
     first = call.sinks - (call.count - P)  # index of the first key that is no sink
     for start in range(0, T, size):

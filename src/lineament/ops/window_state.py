@@ -96,21 +96,23 @@ def with_past(new: Tensor, past: Tensor, count: int, window: int, sinks: int) ->
 
 
 def sink_rows(new: Tensor, past: Tensor, count: int, sinks: int) -> Tensor:
-    """Return the sinks [B, Hk, min(s, count + T), X] that some of the new tokens can see."""
+    """Return the sinks [B, Hk, s, X]; those that no new token sees yet hold anything finite, backends hide them."""
     if count >= sinks:
         return past[:, :, :sinks].to(new.dtype)
-    return torch.cat([past[:, :, :count].to(new.dtype), new[:, :, : sinks - count]], dim=2)
+    index = torch.arange(sinks - count, device=new.device).clamp(max=new.shape[2] - 1)
+    return torch.cat([past[:, :, :count].to(new.dtype), new.index_select(2, index)], dim=2)
 
 
 def advanced(past: Tensor, new: Tensor, count: int, window: int, sinks: int) -> Tensor:
-    """Return the slots after the new tokens [B, Hk, T, X] have been written into them."""
-    total = count + new.shape[2]
-    early = range(min(count, sinks), min(sinks, total))
-    start = max(sinks, count, total - window)
-    parts = [torch.arange(early.start, early.stop, device=new.device)]
-    source = [new[:, :, : len(early)]]
-    if window and start < total:
-        parts.append(_slots(start, total, window, sinks, new.device))
-        source.append(new[:, :, start - count :])
-    index = torch.cat(parts)
-    return past.index_copy(2, index, torch.cat(source, dim=2).to(past.dtype)) if len(index) else past.clone()
+    """Return the slots after the new tokens [B, Hk, T, X] have been written into them.
+
+    Slot i < s holds position i, slot i >= s the last position p < count + T with p = i modulo w. No branch depends on
+    T, so that a tracer may keep it open.
+    """
+    slot = torch.arange(window + sinks, device=new.device)
+    last = count + new.shape[2] - 1
+    turns = torch.div(last - slot, max(window, 1), rounding_mode="floor").clamp(min=0) * window
+    position = slot + torch.where(slot < sinks, 0, turns)
+    fresh = (position >= count) & (position <= last)
+    found = new.index_select(2, (position - count).clamp(0, new.shape[2] - 1))
+    return torch.where(fresh[:, None], found.to(past.dtype), past)

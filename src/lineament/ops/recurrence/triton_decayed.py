@@ -1,7 +1,9 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """Decayed attention by Triton kernels, forward and backward (formulas: `triton_kernels`).
 
 Products of float32 inputs are taken at full precision ("ieee"), of half-precision inputs in TF32, which carries more
-digits than they do. One launch for all states, one for all outputs; the backward pass mirrors them.
+digits than they do. One launch for all states, one for all outputs; the backward pass mirrors them. Chunks of 32 and
+no software pipelining keep every kernel under 64 KB of shared memory, so that they fit on small GPUs too.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from lineament.ops.recurrence.triton_kernels import (
     states_kernel,
 )
 
-CHUNK, CHUNK_CHANNEL = 64, 16  # decays per channel are taken pair by pair: C x C x K numbers have to fit in registers
+CHUNK, CHUNK_CHANNEL = 32, 16  # per channel, decays are taken pair by pair: C x C x K numbers must fit in registers
 LEAST = 16  # the narrowest matrix product Triton compiles
 
 
@@ -72,8 +74,9 @@ def lay_out(
         clock = gates.double().unflatten(2, (-1, C)).cumsum(3).flatten(2, 3).flatten(0, 1).contiguous()
     narrow = any(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v))
     constants = {
-        "K": wide_K, "V": wide_V, "KG": clock.shape[-1], "C": C, "BV": min(64, wide_V),
-        "DT": tl.float64 if state.dtype == torch.float64 else tl.float32, "PRECISION": "tf32" if narrow else "ieee",
+        "K": wide_K, "V": wide_V, "KG": clock.shape[-1], "C": C, "BV": min(32, wide_V),
+        "DT": tl.float64 if state.dtype == torch.float64 else tl.float32, "num_stages": 1,
+        "PRECISION": "tf32" if narrow else "ieee",
     }  # fmt: skip
     strength = None if beta is None else padded(beta[..., None], 1).flatten(0, 1)[..., 0].contiguous()
     start = torch.nn.functional.pad(state, (0, wide_V - V, 0, wide_K - K)).flatten(0, 1).contiguous()
@@ -107,7 +110,7 @@ def backward(
     grad_final: Tensor,
 ) -> tuple:  # fmt: skip
     """Gradients of q, k, u, w (None without), clock and the first state, all in the state's dtype but the clock's."""
-    (N, R, T, K), V = q.shape, constants["V"]
+    N, R, T, V = *q.shape[:3], constants["V"]
     chunks, delta = T // constants["C"], w is not None
     grad_o, grad_final = grad_o.contiguous(), grad_final.contiguous()
     grad_states, grad_start = torch.empty_like(states), torch.empty_like(grad_final)

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """Triton kernels that the decayed and the delta family share: states, outputs, and their gradients.
 
 A chunk of C tokens with running log decay G (inclusive, from the chunk's start), writes U and the state S before it:
