@@ -10,8 +10,8 @@ inclusive sums of log decays since the chunk began:
 
 Every exponent is a sum of log decays over a segment (or a difference of float64 sums), so it is <= 0 and keeps its
 digits however extreme the gates are; e^{-G} is never formed, and nothing depends on later tokens.
-One object serves one panel of chunks after another on the same buffers `at` (q, k, qk, for the delta rule kk, and in the
-backward dq, dk, dk_row, dqk, dkk); `load` overwrites what it held.
+One object serves one panel of chunks after another on the same buffers `at` (q, k, qk, for the delta rule kk, and in
+the backward dq, dk, dk_row, dqk, dkk); `load` overwrites what it held.
 """
 
 import torch
@@ -118,7 +118,7 @@ class HeadDecay(NoDecay):
 
 
 def make_pairs(log_decay: Tensor | None, tiles: Tensor | None, at: Buffers, rows: int, count: int) -> NoDecay:
-    """Return the object for None, [B, T, Hs] or [B, T, Hs, K] log decays (`tiles`: their tiled view; `count` chunks)."""
+    """Return the object for None, [B, T, Hs] or [B, T, Hs, K] log decays (`tiles`: tiled; `count` chunks)."""
     if log_decay is None or tiles is None:
         return NoDecay(at, rows)
     if log_decay.dim() == 3:
