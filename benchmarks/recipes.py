@@ -3,8 +3,8 @@
     python benchmarks/recipes.py --quick           # two minutes of training each
     python benchmarks/recipes.py --budget 15min --json FILE
 
-Each control changes one thing. The constant map is a gated running mean of the far values: what a learned map must beat.
-A finished student is kept in benchmarks/students and not made again.
+Each control changes one thing. The constant map is a gated running mean of the far values: what a learned map must
+beat. A finished student is kept in benchmarks/students and not made again.
 """
 
 import argparse

@@ -4,7 +4,8 @@
     python benchmarks/students.py --json FILE
 
 Speed does not depend on training, so the students are made on the spot: the plan's mixers in the embedded model,
-softmax heads by its damage table. The teacher is timed with transformers' dynamic and static cache, and the faster one counts.
+softmax heads by its damage table. The teacher is timed with transformers' dynamic and static cache, and the faster one
+counts.
 """
 
 import argparse
