@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lineament._base.errors import unknown
+from lineament._base.errors import InputError, unknown
 from lineament.nn.config import MixerConfig
 from lineament.nn.feature_maps import FEATURE_MAPS
 from lineament.ops.bidirectional import bidirectional_attention, bidirectional_weights
@@ -28,8 +28,10 @@ class BidirectionalHeads(nn.Module):
         super().__init__()
         if config.kind not in FEATURE_MAPS:
             raise unknown("feature map of an encoder", config.kind, FEATURE_MAPS)
-        self.config, self.root = config, config.key_width**0.25
         make = FEATURE_MAPS[config.kind]
+        if getattr(make, "needs_positions", False):
+            raise InputError(f"the map {config.kind} needs positions, which both directions share; choose another map")
+        self.config, self.root = config, config.key_width**0.25
         self.map_q = make(config.heads, config.key_width, **config.options)
         self.map_k = make(config.key_heads, config.key_width, **config.options)
 
