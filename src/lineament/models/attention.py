@@ -107,6 +107,8 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
 class _Attention(nn.Module):
     """A teacher's attention module with the cache withheld and a mixer in softmax's place."""
 
+    layer_idx: int
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = "layer_past" if "layer_past" in kwargs else "past_key_values"
         past = kwargs.pop(name, None)
@@ -175,7 +177,7 @@ def prepared(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs["past_key_values"] = past = adopt(past, decoder.config)
     elif kwargs.get("use_cache") is None and decoder.training:
         kwargs["use_cache"] = False
-    rows = find_rows(kwargs, *given.shape[:2], bool(past is not None and past.get_seq_length()))
+    rows = find_rows(kwargs, given.shape[0], given.shape[1])
     packed = rows is not None and rows.valid is None
     if packed and past is not None:
         raise InputError("position_ids restart inside a call with a cache; give each document its own row or call")
@@ -192,7 +194,7 @@ def prepared(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def find_rows(kwargs: dict[str, Any], batch: int, length: int, continued: bool) -> Rows | None:
+def find_rows(kwargs: dict[str, Any], batch: int, length: int) -> Rows | None:
     """Find padding (attention_mask [B, past + T]) and packing (position_ids that restart) of a call; None for neither.
 
     With padding in the mask, restarts are not read as packing, as in transformers.

@@ -185,7 +185,7 @@ class MixerLayer(LinearAttentionCacheLayerMixin):
         before = {} if self._before is None else LayerState(self._before[0]).tensors()
         return self.state.tensors() | record | {f"before.{name}": x for name, x in before.items()}
 
-    def lazy_initialization(self, *_: Any, **__: Any) -> None:
+    def lazy_initialization(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("a mixer's state is made by its mixer; see MixerLayer.advance")
 
     update_conv_state = update_recurrent_state = lazy_initialization
@@ -303,5 +303,6 @@ def adopt(cache: Any, config: Any) -> "StudentCache":
             "StudentCache(model.config), an empty DynamicCache(), or nothing"
         )
     cache.__class__ = StudentCache
-    StudentCache.__init__(cache, config)
-    return cache  # type: ignore[return-value]
+    taken: Any = cache
+    StudentCache.__init__(taken, config)
+    return taken

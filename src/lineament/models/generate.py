@@ -38,6 +38,7 @@ def write_text(
     """
     if max_new_tokens < 1 or temperature < 0:
         raise InputError(f"max_new_tokens={max_new_tokens}, temperature={temperature}; expected >= 1 and >= 0")
+    network: Any
     network, tokenizer = model if isinstance(model, tuple) else load_teacher(model)
     ids = _ids(tokenizer, prompt, chat).to(network.device)
     options: dict[str, Any] = {"do_sample": temperature > 0}

@@ -75,7 +75,8 @@ def load_teacher(name: str | Path, *, dtype: torch.dtype = torch.float32, **opti
     _check(folder)
     loading = {"output_loading_info": True, "use_safetensors": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loading, **options)
+        found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loading, **options)
+        model, info = found
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise InputError(f"{folder} can't be loaded as a causal language model: {_first_line(error)}") from error
     if info["missing_keys"]:
@@ -138,6 +139,7 @@ def _unpack(file: Path, out: Path) -> None:
     extras.require("gguf", extra="smollm2")
     io.need_space(out, 8 * file.stat().st_size)
     folder, given = str(file.parent), {"gguf_file": file.name}
+    model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
         tokenizer = AutoTokenizer.from_pretrained(folder, **given)

@@ -104,6 +104,8 @@ class Lightning(nn.Module):
             `s_h (1 - l/(L-1) + 1e-5)`. none: no decay at all.
     """
 
+    log_decay: Tensor
+
     def __init__(self, config: MixerConfig, *, layer: int = 0, layers: int = 1, none: bool = False) -> None:
         super().__init__()
         self.config, self.place, self.none = config, (layer, layers), none

@@ -6,7 +6,7 @@ learned in its projections is what the state holds.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,7 @@ class DeltaHeads(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
+        memory: Any
         memory, tail = state if state is not None else (None, None)
         if self.conv is not None:
             q, k, v, tail = self._convolved(q, k, v, tail, cu_seqlens)

@@ -125,6 +125,8 @@ class T2R(nn.Module):
 class Performer(nn.Module):
     """Positive random features `exp(x w - |x|^2/2) / sqrt(F)` with fixed orthogonal w; exponents cut at 30."""
 
+    weight: Tensor
+
     def __init__(self, heads: int, width: int, *, features: int | None = None, seed: int = 0) -> None:
         super().__init__()
         self.features, self.seed = features or 2 * width, seed

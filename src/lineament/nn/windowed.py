@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,11 +134,12 @@ class HedgehogWindow(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
-        near = {"window": self.config.window, "sinks": self.config.sinks}
+        near: dict[str, Any] = {"window": self.config.window, "sinks": self.config.sinks}
         if cu_seqlens is None and stepping(q.shape[1], state):
             q, k, v = q[:, 0], k[:, 0], v[:, 0]
-            *gates, log_decay = self.step_gates(q, k) if self._folds else self.gates(q, k)
-            return windowed_step_(q, k, v, *gates, state, log_decay=log_decay, **near)[:, None], state
+            phi_q, phi_k, scale, log_decay = self.step_gates(q, k) if self._folds else self.gates(q, k)
+            o = windowed_step_(q, k, v, phi_q, phi_k, scale, state, log_decay=log_decay, **near)
+            return o[:, None], state
         self._folded.forget()
         phi_q, phi_k, log_scale, log_decay = self.gates(q, k)
         return windowed_linear_attention(
@@ -156,7 +158,7 @@ class SoftmaxWindow(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
-        near = {"window": self.config.window, "sinks": self.config.sinks}
+        near: dict[str, Any] = {"window": self.config.window, "sinks": self.config.sinks}
         if cu_seqlens is None and stepping(q.shape[1], state):
             return windowed_step_(q[:, 0], k[:, 0], v[:, 0], None, None, None, state, **near)[:, None], state
         return windowed_linear_attention(q, k, v, None, None, None, state=state, cu_seqlens=cu_seqlens, **near)
@@ -190,8 +192,9 @@ class Lolcats(nn.Module):
         phi_q, phi_k = self.map_q(q * self.root), self.map_k(k / self.root)
         log_gamma = nn.functional.logsigmoid(widened(self.window_logit))
         if cu_seqlens is None and stepping(q.shape[1], state):
-            one = (part[:, 0] for part in (q, k, v, phi_q, phi_k))
-            return lolcats_step_(*one, log_gamma, state, window=self.config.window)[:, None], state
+            q, k, v, phi_q, phi_k = (part[:, 0] for part in (q, k, v, phi_q, phi_k))
+            o = lolcats_step_(q, k, v, phi_q, phi_k, log_gamma, state, window=self.config.window)
+            return o[:, None], state
         return lolcats_attention(
             q, k, v, phi_q, phi_k, log_gamma, window=self.config.window, state=state, cu_seqlens=cu_seqlens
         )
