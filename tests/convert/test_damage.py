@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-
 from convert_helpers import tiny_llama
+
 from lineament._base.errors import InputError
-from lineament.convert.measure import estimate_damage, measure_damage
+from lineament.convert.measure import estimate_damage, measure_damage, with_slopes
 from lineament.convert.plan import Plan
 from lineament.convert.probe import limit_heads, mix_heads, probing
 from lineament.convert.select import DamageTable, answer_samples, correlation, kept_heads, text_sample
@@ -41,7 +41,7 @@ def damage(model, method=measure_damage):
 
 @torch.no_grad()
 def test_limited_attention_is_softmax_on_window_and_sinks(teacher):
-    layers, attentions = parts(teacher)
+    _, attentions = parts(teacher)
     x = ids()
     with probing(attentions, limit_heads({1: (0, 1)}, window=WINDOW, sinks=SINKS)):
         probed = teacher(input_ids=x).logits
@@ -61,7 +61,7 @@ def test_limited_attention_is_softmax_on_window_and_sinks(teacher):
 def test_a_window_as_long_as_the_text_changes_nothing(teacher):
     _, attentions = parts(teacher)
     whole = teacher(input_ids=ids()).logits
-    with probing(attentions, limit_heads({i: (0, 1) for i in range(3)}, window=64, sinks=0)):
+    with probing(attentions, limit_heads(dict.fromkeys(range(3), (0, 1)), window=64, sinks=0)):
         torch.testing.assert_close(teacher(input_ids=ids()).logits, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -80,7 +80,7 @@ def test_the_model_comes_back_bit_identical(method):
 
 
 def test_the_model_comes_back_after_an_error(teacher):
-    layers, attentions = parts(teacher)
+    _, attentions = parts(teacher)
 
     def fail(call):
         raise RuntimeError("stop")
@@ -122,9 +122,7 @@ def test_the_estimate_is_a_slope(teacher):
     """The retrieval column equals a finite difference along one head's gate."""
     layer, head, step = 1, 0, 1e-3
     answers = samples()[1:]
-    estimate = estimate_damage(
-        teacher, *parts(teacher), answers, key_heads=2, window=WINDOW, sinks=SINKS, teacher="x"
-    )
+    estimate = estimate_damage(teacher, *parts(teacher), answers, key_heads=2, window=WINDOW, sinks=SINKS, teacher="x")
 
     def loss(gate):
         def handle(call):
@@ -171,10 +169,17 @@ def test_keep_rules_refuse():
 
 
 def test_both_kinds_of_damage_have_a_voice():
-    one = DamageTable(
-        teacher="t", window=8, sinks=2, perplexity=[[9.0, 0.0]], kl=[[3.0, 1.0]], retrieval=[[-5.0, 2.0]]
-    )
+    one = DamageTable(teacher="t", window=8, sinks=2, perplexity=[[9.0, 0.0]], kl=[[3.0, 1.0]], retrieval=[[-5.0, 2.0]])
     assert one.scores() == [[0.75, 1.25]]
+
+
+def test_slopes_have_a_voice(teacher):
+    plain = damage(teacher)
+    full = with_slopes(plain, teacher, *parts(teacher), samples(), key_heads=2)
+    assert set(full.slopes) == {"0.5", "1.0"}
+    assert full.scores() != plain.scores()
+    assert sum(map(sum, full.scores())) == pytest.approx(2.0)
+    assert DamageTable.from_json(full.to_json()) == full
 
 
 def test_a_table_survives_its_file(tmp_path):

@@ -78,7 +78,7 @@ def test_a_plan_file(tmp_path):
     path.write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         plan(str(path))
-    with pytest.raises(InputError, match="unknown plan 'defalt'. Did you mean 'default'"):
+    with pytest.raises(InputError, match=r"unknown plan 'defalt'\. Did you mean 'default'"):
         plan("defalt")
 
 

@@ -57,7 +57,7 @@ def _mixer(plan: Plan) -> Iterator[str]:
         if name not in known:
             yield f"the mixer {plan.mixer} has no option {name!r}; it has {', '.join(sorted(known)) or 'none'}"
     if plan.mixer in UNNORMALISED and plan.transfer_loss != "output-mse" and plan.transfer_steps:
-        yield f"transfer_loss {plan.transfer_loss!r} compares attention weights and {plan.mixer} has none; use output-mse"
+        yield f"transfer_loss {plan.transfer_loss!r} compares attention weights, {plan.mixer} has none; use output-mse"
     if plan.mixer == "softmax-window" and not plan.window + plan.sinks:
         yield "softmax-window with window 0 and sinks 0 attends to nothing; give a window"
     if plan.mixer in NEEDS_WINDOW and not plan.window:

@@ -16,6 +16,7 @@ from lineament.convert.plan import Plan
 from lineament.convert.precision import autocast
 from lineament.convert.prompts import MakePrompts
 from lineament.convert.text import Corpus
+from lineament.convert.transfer import GATES
 from lineament.train import FitConfig, fit
 
 Batch = dict[str, Tensor]
@@ -62,8 +63,8 @@ def make_loss(teacher: "Teacher", plan: Plan) -> Callable[[nn.Module, Batch], tu
         share = weight.to(ids.device)[:, keep].reshape(-1)
         share = share / share.sum().clamp_min(1e-6)
         targets = ids[:, 1:][:, keep].reshape(-1)
-        flat = (one.reshape(-1, one.shape[-1]) for one in (ours, wanted))
-        return distil_loss(*flat, targets, kl=plan.distil_kl * share, following=plan.distil_next * share)
+        ours, wanted = (one.reshape(-1, one.shape[-1]) for one in (ours, wanted))
+        return distil_loss(ours, wanted, targets, kl=plan.distil_kl * share, following=plan.distil_next * share)
 
     return loss
 
@@ -71,7 +72,7 @@ def make_loss(teacher: "Teacher", plan: Plan) -> Callable[[nn.Module, Batch], tu
 class Teacher:
     """The teacher's logits for a batch: run on the spot, or read from a cache of its k best per prediction."""
 
-    def __init__(self, model: nn.Module, precision: str, folder: Path | None = None, top: int = 0) -> None:
+    def __init__(self, model: Any, precision: str, folder: Path | None = None, top: int = 0) -> None:
         self.model, self.precision, self.folder, self.top = model.eval().requires_grad_(False), precision, folder, top
 
     @torch.no_grad()
@@ -138,14 +139,15 @@ def learners(student: nn.Module, plan: Plan, targets: Sequence[str]) -> nn.Modul
         with seeded(plan.seed):
             model = peft.get_peft_model(student, config)
     for name, parameter in model.named_parameters():
-        if ".mixer." in name and "lora_" not in name:
+        # norms are a handful of numbers beside LoRA's, and re-scale what a changed attention writes
+        if ".mixer." in name and "lora_" not in name or plan.distil == "lora" and "norm" in name:
             parameter.requires_grad_(True)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(f"distil {plan.distil!r}: nothing can learn, the mixer {plan.mixer} has no parameters")
     return model
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merged(model: Any) -> nn.Module:
     """Fold LoRA into the weights and return the plain student; a student without LoRA comes back as it is."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
@@ -154,9 +156,10 @@ def fit_config(plan: Plan, steps: int, precision: str) -> FitConfig:
     """Return the training set-up of distillation."""
     return FitConfig(
         steps=steps,
-        lr={"*.mixer.*": plan.distil_mixer_lr, "*": plan.distil_lr},
-        schedule="cosine",
-        warmup=min(10, steps // 10),
+        lr={f"*.mixer.{gate}": plan.distil_gate_lr for gate in GATES}
+        | {"*.mixer.*": plan.distil_mixer_lr, "*": plan.distil_lr},
+        schedule="linear",
+        warmup=min(8, steps // 5),
         clip=1.0,
         precision=precision,
         seed=plan.seed,
@@ -181,6 +184,6 @@ def distil(
     model.eval()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> nn.Module:
     """Take LoRA off again without merging it."""
     return model.unload() if hasattr(model, "unload") else model

@@ -57,7 +57,7 @@ def _numel(shape: Sequence[int]) -> int:
 
 def _decoder(info: ModelInfo, config: Any) -> ModelInfo:
     """Refuse encoders: they attend in both directions."""
-    names = tuple(getattr(config, "architectures", None) or ())
+    names: list[str] = list(getattr(config, "architectures", None) or [])
     both_ways = getattr(config, "is_encoder_decoder", False) or any(one.endswith(ENCODER_HEADS) for one in names)
     if both_ways or (names and not any("LM" in one or "Conditional" in one for one in names)):
         raise InputError(
@@ -164,9 +164,7 @@ def _untrained(teacher: nn.Module, student: nn.Module, plan: Plan | None) -> nn.
         return None
     from dataclasses import replace
 
-    configs = {
-        one.layer: replace(one.config, kind="softmax-window", options={}) for one in converted(student).values()
-    }
+    configs = {one.layer: replace(one.config, kind="softmax-window", options={}) for one in converted(student).values()}
     return build_student(teacher, configs, share=True)
 
 

@@ -66,7 +66,7 @@ def state_bytes(info: ModelInfo, plan: Plan, *, number: int = 4) -> int:
     K = info.head_width
     features = {"hedgehog-window": 2 * K, "hedgehog": 2 * K, "lolcats": 2 * K, "softmax-window": 0, "performer": 2 * K,
                 "cosformer": 2 * K, "taylor": 1 + K + K * K}.get(plan.mixer, K)  # fmt: skip
-    if "features" in plan.options and plan.options["features"]:
+    if plan.options.get("features"):
         features = 2 * int(plan.options["features"])
     normalised = plan.mixer not in ("lightning", "gated-deltanet", "kda")
     state = features * (K + normalised) * STATE_BYTES
@@ -151,7 +151,12 @@ class Inspection:
         from lineament.io import human_bytes
 
         info = self.info
-        shown = Table("layer", "now", f"with plan {self.plan.name}", title=f"{info.name}: {info.kind}, {info.parameters:,} parameters")
+        shown = Table(
+            "layer",
+            "now",
+            f"with plan {self.plan.name}",
+            title=f"{info.name}: {info.kind}, {info.parameters:,} parameters",
+        )
         for row in self.rows:
             shown.add_row(str(row["layer"]), row["now"], row["then"])
         caches = Table("context", "teacher", "student", "ratio", title="cache of one sequence, float32")

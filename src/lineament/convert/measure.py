@@ -1,6 +1,7 @@
 """Measure the damage table of a model, head by head, on activations kept from one whole run."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,28 +95,72 @@ def estimate_damage(
     `o = o_full + g (o_limited - o_full)`. Text is scored by the slope of the KL to the whole model at g = 1/2 (at
     g = 0 the KL has none), answers by the slope of their loss at g = 0. About a tenth of the cost of measuring.
     """
-    shape = (len(layers), key_heads)
-    device = next(model.parameters()).device
-    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in ("perplexity", "kl", "retrieval")}
+    points = {"text": (0.5,), "retrieval": (0.0,)}
+    exact = (window, sinks)
+    found = gate_slopes(model, layers, attentions, samples, points, key_heads, exact, on_progress=on_progress)
+    half, zero = found[0.5], found[0.0]
+    means = {"perplexity": half["perplexity"], "kl": half["kl"], "retrieval": zero["retrieval"]}
     counts = {kind: sum(len(s.rows) for s in samples if s.kind == kind) for kind in ("text", "retrieval")}
-    flags = [p.requires_grad for p in model.parameters()]
-    training = model.training
+    return _table(means, window, sinks, teacher, {"method": "gates", **counts, **(about or {})})
+
+
+def with_slopes(
+    table: DamageTable,
+    model: nn.Module,
+    layers: Sequence[str],
+    attentions: Sequence[nn.Module],
+    samples: Sequence[Sample],
+    *,
+    key_heads: int,
+    on_progress: Progress | None = None,
+) -> DamageTable:
+    """Add what each head is worth where all heads are half and wholly limited to a measured table."""
+    both = (0.5, 1.0)
+    found = gate_slopes(
+        model, layers, attentions, samples, {"text": both, "retrieval": both}, key_heads, (table.window, table.sinks),
+        on_progress=on_progress,
+    )  # fmt: skip
+    slopes = {str(g): {name: _rounded(found[g][name]) for name in ("kl", "retrieval")} for g in both}
+    return replace(table, slopes=slopes)
+
+
+def gate_slopes(
+    model: nn.Module,
+    layers: Sequence[str],
+    attentions: Sequence[nn.Module],
+    samples: Sequence[Sample],
+    points: dict[str, tuple[float, ...]],
+    key_heads: int,
+    exact: tuple[int, int],
+    *,
+    on_progress: Progress | None = None,
+) -> dict[float, dict[str, Tensor]]:
+    """Return {g: {"perplexity", "kl", "retrieval": [L, Hk] slopes per scored token}} at the gates asked for.
+
+    Args:
+        points: {"text": gates, "retrieval": gates}. exact: window and sinks of a limited head.
+    """
+    shape, device = (len(layers), key_heads), next(model.parameters()).device
+    wanted = sorted({g for gates in points.values() for g in gates})
+    sums = {g: {n: torch.zeros(shape, dtype=torch.float64) for n in ("perplexity", "kl", "retrieval")} for g in wanted}
+    counts = {kind: max(1, sum(len(s.rows) for s in samples if s.kind == kind)) for kind in points}
+    flags, training = [p.requires_grad for p in model.parameters()], model.training
     model.eval().requires_grad_(False)
     try:
         for done, sample in enumerate(samples):
-            text = sample.kind == "text"
-            gates = torch.full(shape, 0.5 if text else 0.0, device=device, requires_grad=True)
-            slopes = _slopes(model, attentions, sample, gates, key_heads, (window, sinks))
-            for name, slope in zip(("perplexity", "kl") if text else ("retrieval",), slopes, strict=False):
-                sums[name] += slope.double().cpu()
+            for g in points[sample.kind]:
+                gates = torch.full(shape, g, device=device, requires_grad=True)
+                slopes = _slopes(model, attentions, sample, gates, key_heads, exact)
+                names = ("perplexity", "kl") if sample.kind == "text" else ("retrieval",)
+                for name, slope in zip(names, slopes, strict=True):
+                    sums[g][name] += slope.double().cpu() / counts[sample.kind]
             if on_progress:
                 on_progress(done + 1, len(samples))
     finally:
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
         model.train(training)
-    means = {n: s / max(1, counts["retrieval" if n == "retrieval" else "text"]) for n, s in sums.items()}
-    return _table(means, window, sinks, teacher, {"method": "gates", **counts, **(about or {})})
+    return sums
 
 
 def _slopes(
@@ -141,6 +186,9 @@ def _slopes(
 
 
 def _table(means: dict[str, Tensor], window: int, sinks: int, teacher: str, about: dict[str, Any]) -> DamageTable:
-    rows = {name: [[float(f"{x:.6g}") for x in row] for row in mean.tolist()] for name, mean in means.items()}
+    rows: Any = {name: _rounded(mean) for name, mean in means.items()}
     return DamageTable(teacher=teacher, window=window, sinks=sinks, about=about, **rows)
 
+
+def _rounded(values: Tensor) -> list[list[float]]:
+    return [[float(f"{x:.6g}") for x in row] for row in values.tolist()]

@@ -12,6 +12,7 @@ from lineament.models.adapters import adapter_for, attentions, head_shape, slidi
 from lineament.models.student import mixers_of
 from lineament.nn import ConvertedHeads, MixerConfig
 
+
 @dataclass(frozen=True)
 class Parts:
     """A decoder, taken apart.

@@ -17,7 +17,7 @@ MIXERS = (
 LOSSES = ("output-mse", "attention-kl", "both")
 DISTIL = ("lora", "full", "mixers", "none")
 PRECISIONS = ("auto", "bf16", "fp32")
-DAMAGE = ("measured", "gates")
+DAMAGE = ("both", "measured", "gates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class Plan:
         window, sinks: the tokens attended exactly: the last `window` and the first `sinks` of a document.
         keep: what stays softmax: "none", "every:4" (layers 3, 7, 11, ...), "0,7,15", "auto:N" layers or
             "auto-heads:F" of all key-value heads, the last two by the damage table.
-        damage, damage_tokens, damage_prompts: how that table is made ("measured", or "gates": one backward),
-            on how many calibration tokens and retrieval prompts.
+        damage, damage_tokens, damage_prompts: how that table is made ("measured" head by head, "gates":
+            one backward through gates, "both"), on how many calibration tokens and retrieval prompts.
         learns: globs over the names of a mixer's parameters: what transfer may change.
         transfer_loss: "output-mse" (relative, per layer), "attention-kl" (soft-target cross-entropy less the
             teacher's entropy) or "both". transfer_steps, transfer_lengths, transfer_tokens (per step),
@@ -42,7 +42,8 @@ class Plan:
         distil: "lora" (peft, merged before saving; needs the extra lora), "full", "mixers" (only the new
             parts) or "none". distil_kl, distil_next: weights of the KL to the teacher and of the next token.
             distil_retrieval: share of steps that are synthetic retrieval prompts (training templates).
-            distil_positions: predictions scored per sequence (0 = all). lora_rank, lora_targets: "attention",
+            distil_lr: of LoRA (or all weights) and the norms; distil_mixer_lr, distil_gate_lr: of a mixer's maps
+            and gates. distil_positions: predictions scored per sequence (0 = all). lora_rank, lora_targets: "attention",
             "all" or a comma-separated list of projection names.
         extend_steps, extend_lengths: more distillation at greater lengths; 0 steps = none.
         teacher_topk: cache the teacher's k best logits on disk before distillation; 0 = run the teacher.
@@ -64,7 +65,7 @@ class Plan:
     window: int = 128
     sinks: int = 4
     keep: str = "auto-heads:0.25"
-    damage: str = "measured"
+    damage: str = "both"
     damage_tokens: int = 8192
     damage_prompts: int = 16
     learns: tuple[str, ...] = ("*",)
@@ -79,8 +80,9 @@ class Plan:
     distil_steps: int = 120
     distil_lengths: tuple[int, ...] = (1024, 2048)
     distil_tokens: int = 2048
-    distil_lr: float = 2e-4
-    distil_mixer_lr: float = 2e-3
+    distil_lr: float = 1e-3
+    distil_mixer_lr: float = 1e-2
+    distil_gate_lr: float = 5e-2
     distil_kl: float = 1.0
     distil_next: float = 0.0
     distil_retrieval: float = 0.25
@@ -195,7 +197,7 @@ def _range_problems(plan: Plan):
         "window": 0, "sinks": 0, "transfer_steps": 0, "distil_steps": 0, "extend_steps": 0, "transfer_tokens": 1,
         "distil_tokens": 1, "lora_rank": 1, "teacher_topk": 0, "transfer_pool": 1, "calibration_tokens": 1,
         "damage_tokens": 1, "damage_prompts": 0, "evaluate_tokens": 0, "evaluate_prompts": 0, "checkpoint_every": 1,
-        "transfer_lr": 0, "transfer_gate_lr": 0, "distil_lr": 0, "distil_mixer_lr": 0, "distil_kl": 0,
+        "transfer_lr": 0, "transfer_gate_lr": 0, "distil_lr": 0, "distil_mixer_lr": 0, "distil_gate_lr": 0, "distil_kl": 0,
         "distil_next": 0, "distil_positions": 0, "seed": 0,
     }  # fmt: skip
     for name, low in at_least.items():

@@ -11,6 +11,11 @@ from lineament.convert.plan import Plan
 PLANS: dict[str, Plan] = {
     "default": Plan(
         about="Ours: hedgehog-window, the quarter of key-value heads with most damage stays softmax.",
+        options={"query_scale": True},
+        transfer_steps=0,  # distilling all at once from the quiet start does better per minute: docs/log.md
+        distil_lengths=(1024, 2048, 1024, 4096),
+        distil_positions=512,
+        distil_retrieval=0.3,
     ),
     "hedgehog": Plan(
         name="hedgehog",

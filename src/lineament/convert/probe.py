@@ -50,11 +50,11 @@ class Call:
 
     def ordinary(self) -> Tensor:
         """Return what the teacher itself computes, [B, T, Hq, V]."""
-        ours = (x.transpose(1, 2) for x in (self.query, self.key, self.value))
+        q, k, v = (x.transpose(1, 2) for x in (self.query, self.key, self.value))
         attend = sdpa_attention_forward
         if self.extra.get("softcap") is not None:
             attend = sys.modules[type(self.module).__module__].eager_attention_forward
-        return attend(self.module, *ours, self.mask, scaling=self.scaling, **self.extra)[0]
+        return attend(self.module, q, k, v, self.mask, scaling=self.scaling, **self.extra)[0]
 
     def limited(self, window: int, sinks: int) -> Tensor:
         """Return softmax attention over the last `window` and the first `sinks` tokens only, [B, T, Hq, V]."""
@@ -71,7 +71,7 @@ def _interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
     extra.pop("dropout", None)
     call = Call(
         module=module,
-        layer=int(module.layer_idx),
+        layer=int(module.layer_idx),  # pyright: ignore[reportArgumentType]
         hidden=_HIDDEN.get()[id(module)],
         query=query.transpose(1, 2),
         key=key.transpose(1, 2),
@@ -95,7 +95,7 @@ def probing(attentions: Sequence[nn.Module], handler: Handler) -> Iterator[None]
         attentions: attention modules of one model, each with a `config` and a `layer_idx`.
         handler: takes a `Call`, returns [B, T, Hq, V].
     """
-    configs = list({id(module.config): module.config for module in attentions}.values())
+    configs: list[Any] = list({id(module.config): module.config for module in attentions}.values())
     before = [config._attn_implementation for config in configs]
     hidden: dict[int, Tensor] = {}
 

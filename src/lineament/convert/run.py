@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
 from lineament import io
 from lineament._base.errors import InputError
 from lineament.convert import stages

@@ -31,6 +31,8 @@ class DamageTable:
         perplexity: [L][Hk] rise of the next-token loss on calibration text, beyond the window.
         kl: [L][Hk] KL from the whole model to the limited one at the same positions.
         retrieval: [L][Hk] rise of the loss on the answers of retrieval prompts.
+        slopes: {"0.5": {"kl", "retrieval": [L][Hk]}, "1.0": ...}: what one head is worth when all heads are half or
+            wholly limited, by one backward; single damages don't see that heads stand in for one another.
         about: how it was made: text, tokens, prompts, seed, command.
     """
 
@@ -40,6 +42,7 @@ class DamageTable:
     perplexity: list[list[float]]
     kl: list[list[float]]
     retrieval: list[list[float]]
+    slopes: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -50,7 +53,7 @@ class DamageTable:
     def from_json(cls, values: dict[str, Any]) -> "DamageTable":
         """Read a table back; raises InputError when fields are missing."""
         names = {one.name for one in fields(cls)}
-        if missing := names - {"about"} - set(values):
+        if missing := names - {"about", "slopes"} - set(values):
             raise InputError(f"a damage table lacks {', '.join(sorted(missing))}; make it again with convert")
         return cls(**{name: value for name, value in values.items() if name in names})
 
@@ -64,13 +67,17 @@ class DamageTable:
         return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def scores(self) -> list[list[float]]:
-        """Combine text and retrieval into one score per head, [L][Hk].
+        """Combine text and retrieval into one score per head, [L][Hk]; the scores of all heads sum to 2.
 
-        Each kind of damage is divided by its own sum over all heads, so that both choose with equal voice. Text
-        is scored by the KL, which is smoother than the loss on the same few tokens; retrieval damage below the
-        noise of a heads's own sign (negative values) counts as none.
+        Each kind of damage is divided by its own sum over all heads, so that text and retrieval choose with equal
+        voice; negative values are noise and count as none. Text is scored by the KL, which is smoother than the
+        loss on the same few tokens: the mean of the measured column and the slopes. Retrieval: half measured, half
+        slopes, since a slope knows less of a head that finds.
         """
-        text, found = _share(self.kl), _share(self.retrieval)
+        text = _mean([_share(self.kl), *(_share(one["kl"]) for one in self.slopes.values())])
+        found = _share(self.retrieval)
+        if self.slopes:
+            found = _mean([found, _mean([_share(one["retrieval"]) for one in self.slopes.values()])])
         return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(text, found, strict=True)]
 
     def figure(self, kept: "Heads | None" = None) -> bytes:
@@ -84,6 +91,10 @@ class DamageTable:
             ylabel="key-value head",
             marked={(head, layer) for layer, heads in (kept or {}).items() for head in heads},
         )
+
+
+def _mean(tables: list[list[list[float]]]) -> list[list[float]]:
+    return [[sum(one) / len(tables) for one in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
 
 
 def _share(table: list[list[float]]) -> list[list[float]]:
@@ -171,7 +182,7 @@ def correlation(one: DamageTable, other: DamageTable) -> dict[str, float]:
         found[name] = float(spearmanr(flat(getattr(one, name)), flat(getattr(other, name))).statistic)
     a, b = flat(one.scores()), flat(other.scores())
     count = max(1, len(a) // 4)
-    worst = [set(sorted(range(len(x)), key=lambda i: -x[i])[:count]) for x in (a, b)]  # noqa: B023
+    worst = [set(sorted(range(len(x)), key=lambda i: -x[i])[:count]) for x in (a, b)]
     return found | {"worst_quarter_shared": len(worst[0] & worst[1]) / count}
 
 

@@ -145,14 +145,18 @@ def damage_table(job: Job, digest: str, on_progress: Callable[[int, int], None] 
     if plan.damage_prompts:
         length = min(512, job.info.positions or 512)
         samples += select.answer_samples(*job.prompts("place")(length, plan.damage_prompts, 0))
-    method = measure.measure_damage if plan.damage == "measured" else measure.estimate_damage
     on = [replace_device(sample, job.device) for sample in samples]
+    inside = (job.teacher, found.layers, found.attentions, on)
+    about = {"data": list(plan.data), "seed": plan.seed, "length": longest}
+    method = measure.estimate_damage if plan.damage == "gates" else measure.measure_damage
     with autocast(job.precision, job.device):
-        return method(
-            job.teacher, found.layers, found.attentions, on, key_heads=job.info.key_heads, window=window,
-            sinks=sinks, teacher=digest, on_progress=on_progress,
-            about={"data": list(plan.data), "seed": plan.seed, "length": longest},
+        table = method(
+            *inside, key_heads=job.info.key_heads, window=window, sinks=sinks, teacher=digest, about=about,
+            on_progress=on_progress,
         )  # fmt: skip
+        if plan.damage == "both":
+            table = measure.with_slopes(table, *inside, key_heads=job.info.key_heads)
+    return table
 
 
 def _shortest(job: Job) -> list[int]:
@@ -328,7 +332,9 @@ def distil_all(job: Job, student: nn.Module, work: Path, progress: Progress) -> 
     offset = 0
     for name, count, lengths in steps:
         if count:
-            progress.stage(name, f"{count} steps at {'/'.join(map(str, lengths))} tokens, {plan.distil}, {job.precision}")
+            progress.stage(
+                name, f"{count} steps at {'/'.join(map(str, lengths))} tokens, {plan.distil}, {job.precision}"
+            )
             draw = _draw(job, lengths, offset)
             distillation.distil(model, teacher, plan, draw, count, work / name, precision=job.precision)
         offset += count
@@ -397,7 +403,7 @@ def save(
     """Write the student as an ordinary transformers folder, with card, plan, evidence and damage table."""
     progress.stage("save", str(partial))
     if is_main():
-        student.save_pretrained(partial)
+        student.save_pretrained(partial)  # pyright: ignore[reportCallIssue]
         job.tokenizer.save_pretrained(partial)
         io.write_json(partial / "evidence.json", evidence.to_json())
         io.write_json(partial / "plan.json", job.plan.to_json())

@@ -123,4 +123,6 @@ def flat(documents: Mapping[str, Sequence[str]]) -> list[str]:
 def require_length(corpus: Corpus, length: int) -> None:
     """Raise InputError when a text is shorter than one batch of `length` tokens."""
     if corpus.tokens < length:
-        raise InputError(f"the text has {corpus.tokens} tokens to train on and one batch needs {length}; give more text")
+        raise InputError(
+            f"the text has {corpus.tokens} tokens to train on and one batch needs {length}; give more text"
+        )

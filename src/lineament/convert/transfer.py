@@ -5,10 +5,9 @@ layer's weights and one layer's queries, keys and values are needed at once.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ def pooled_layers(
     attentions: Sequence[nn.Module],
     windows: Sequence[Tensor],
     *,
-    full_heads: dict[int, Sequence[int]],
+    full_heads: Mapping[int, Sequence[int]],
     precision: str,
     last: int | None = None,
 ) -> Iterator[tuple[int, LayerPool]]:
@@ -155,7 +154,7 @@ def pool_batches(pool: LayerPool, plan: Plan) -> Callable[[int], dict[str, Tenso
 
 def fit_config(plan: Plan, steps: int, precision: str) -> FitConfig:
     """Return the training set-up of one layer's transfer."""
-    rates = {pattern: plan.transfer_gate_lr for pattern in GATES} | {"*": plan.transfer_lr}
+    rates = dict.fromkeys(GATES, plan.transfer_gate_lr) | {"*": plan.transfer_lr}
     return FitConfig(
         steps=steps,
         lr=rates,
@@ -177,7 +176,7 @@ def transfer(
     plan: Plan,
     folder: Path,
     *,
-    full_heads: dict[int, Sequence[int]],
+    full_heads: Mapping[int, Sequence[int]],
     precision: str,
     on_layer: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[int, dict[str, float]]:
