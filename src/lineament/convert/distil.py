@@ -44,11 +44,17 @@ def batches(
 
 
 def scored_positions(plan: Plan, length: int, weight: Tensor, step_seed: int) -> Tensor:
-    """Return the predictions that are scored: all, or a draw of `distil_positions` that keeps every answer."""
+    """Return the predictions that are scored: all, or a draw of `distil_positions` that keeps every answer.
+
+    Drawn ones lie beyond the window where the text is long enough: before it, student and teacher are the same.
+    """
     if not plan.distil_positions or plan.distil_positions >= length - 1:
         return torch.arange(length - 1)
-    must = (weight > 1).any(0)
-    lots = torch.rand(length - 1, generator=generator(step_seed)) + must.cpu().float()
+    lots = torch.rand(length - 1, generator=generator(step_seed))
+    if plan.window + plan.distil_positions < length:
+        lots[: plan.window] -= 1
+    must = (weight > 1).any(0).cpu()
+    lots[must] += 2
     return lots.topk(max(plan.distil_positions, int(must.sum()))).indices.sort().values
 
 
@@ -140,7 +146,7 @@ def learners(student: nn.Module, plan: Plan, targets: Sequence[str]) -> nn.Modul
             model = peft.get_peft_model(student, config)
     for name, parameter in model.named_parameters():
         # norms are a handful of numbers beside LoRA's, and re-scale what a changed attention writes
-        if ".mixer." in name and "lora_" not in name or plan.distil == "lora" and "norm" in name:
+        if (".mixer." in name and "lora_" not in name) or (plan.distil == "lora" and "norm" in name):
             parameter.requires_grad_(True)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(f"distil {plan.distil!r}: nothing can learn, the mixer {plan.mixer} has no parameters")

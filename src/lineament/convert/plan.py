@@ -43,8 +43,8 @@ class Plan:
             parts) or "none". distil_kl, distil_next: weights of the KL to the teacher and of the next token.
             distil_retrieval: share of steps that are synthetic retrieval prompts (training templates).
             distil_lr: of LoRA (or all weights) and the norms; distil_mixer_lr, distil_gate_lr: of a mixer's maps
-            and gates. distil_positions: predictions scored per sequence (0 = all). lora_rank, lora_targets: "attention",
-            "all" or a comma-separated list of projection names.
+            and gates. distil_positions: predictions scored per sequence (0 = all). lora_rank,
+            lora_targets: "attention", "all" or a comma-separated list of projection names.
         extend_steps, extend_lengths: more distillation at greater lengths; 0 steps = none.
         teacher_topk: cache the teacher's k best logits on disk before distillation; 0 = run the teacher.
         budget: None, seconds, or "15min", "1h"; budget_transfer: the share spent on transfer.
@@ -197,8 +197,8 @@ def _range_problems(plan: Plan):
         "window": 0, "sinks": 0, "transfer_steps": 0, "distil_steps": 0, "extend_steps": 0, "transfer_tokens": 1,
         "distil_tokens": 1, "lora_rank": 1, "teacher_topk": 0, "transfer_pool": 1, "calibration_tokens": 1,
         "damage_tokens": 1, "damage_prompts": 0, "evaluate_tokens": 0, "evaluate_prompts": 0, "checkpoint_every": 1,
-        "transfer_lr": 0, "transfer_gate_lr": 0, "distil_lr": 0, "distil_mixer_lr": 0, "distil_gate_lr": 0, "distil_kl": 0,
-        "distil_next": 0, "distil_positions": 0, "seed": 0,
+        "transfer_lr": 0, "transfer_gate_lr": 0, "distil_lr": 0, "distil_mixer_lr": 0, "distil_gate_lr": 0,
+        "distil_kl": 0, "distil_next": 0, "distil_positions": 0, "seed": 0,
     }  # fmt: skip
     for name, low in at_least.items():
         if not getattr(plan, name) >= low:

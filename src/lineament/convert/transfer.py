@@ -20,7 +20,18 @@ from lineament.convert.probe import Call, probing
 from lineament.graph import stream
 from lineament.train import FitConfig, fit
 
-GATES = ("*log_scale", "*gate_bias", "*decay*", "*temperature", "*window_logit", "*dt_bias", "*A_log", "*beta_bias")
+GATES = (
+    "*log_scale",
+    "*scale_query",
+    "*gate_key",
+    "*gate_bias",
+    "*decay*",
+    "*temperature",
+    "*window_logit",
+    "*dt_bias",
+    "*A_log",
+    "*beta_bias",
+)
 UNNORMALISED = ("lightning", "gated-deltanet", "kda")
 
 
