@@ -10,6 +10,8 @@ from torch import Tensor
 from lineament.ops.window_reference import common_scale
 from lineament.ops.window_state import WindowState
 
+EPS = 1e-6  # in the denominator of pure linear attention, as `linear_attention` has it
+
 
 def windowed_step_(
     q: Tensor,
@@ -57,25 +59,31 @@ def windowed_step_(
     write = _write_even_ if counts.count(counts[0]) == B else _write_uneven_
     write(state, k, v, phi_k if reads else None, counts, window, sinks)
     count.add_(1)
-    if not slots:
+    if not slots and phi_q is not None:
         out = torch.matmul(phi_q.view(B, Hk, -1, far.shape[2]).to(wide), far)
-        return (out[..., :-1] / (out[..., -1:] + 1e-6)).to(v.dtype).view(B, -1, V)
+        return (out[..., :-1] / (out[..., -1:] + EPS)).to(v.dtype).view(B, -1, V)
     logits = torch.bmm(q.reshape(B * Hk, -1, K), keys.view(-1, slots, K).mT).to(wide)
     if min(counts) < slots - 1:
         empty = torch.arange(slots, device=q.device) >= count[:, None]
         logits.view(B, -1, slots).masked_fill_(empty[:, None], -torch.inf)
-    if not reads:
+    if not reads or phi_q is None or log_scale is None:
         weight = torch.softmax(logits, -1).to(v.dtype)
         return torch.bmm(weight, values.view(-1, slots, V)).view(B, -1, V)
+    return _read(logits, phi_q, log_scale, state, relative).to(v.dtype).view(B, -1, V)
+
+
+def _read(logits: Tensor, phi_q: Tensor, log_scale: Tensor, state: WindowState, relative: bool) -> Tensor:
+    """Join the slots' logits [B Hk, r, s + w] and the far state under one denominator; [B Hk, r, V]."""
+    far, values, groups = state.far, state.values, logits.shape[0]
     top = logits.amax(-1, keepdim=True)
-    log_scale = log_scale.to(wide).expand(B, -1).reshape(top.shape)
+    log_scale = log_scale.to(far.dtype).expand(far.shape[0], -1).reshape(top.shape)
     lift, near = common_scale(top, log_scale + top if relative else log_scale)
     weight = logits.sub_(top.add_(lift)).exp_()
-    phi = phi_q.reshape(B * Hk, -1, features.shape[-1]).mul(near)
-    read = torch.bmm(phi.to(wide), far.view(B * Hk, -1, V + 1))
-    out = torch.bmm(weight.to(values.dtype), values.view(-1, slots, V))
+    phi = phi_q.reshape(groups, -1, far.shape[2]).mul(near)
+    read = torch.bmm(phi.to(far.dtype), far.view(groups, *far.shape[2:]))
+    out = torch.bmm(weight.to(values.dtype), values.view(groups, *values.shape[2:]))
     total = weight.sum(-1, keepdim=True).add_(read[..., -1:])
-    return out.add(read[..., :-1]).div_(total).to(v.dtype).view(B, -1, V)
+    return out.add(read[..., :-1]).div_(total)
 
 
 def _push_(far: Tensor, phi: Tensor, v: Tensor) -> None:
