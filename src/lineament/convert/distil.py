@@ -21,7 +21,7 @@ from lineament.train import FitConfig, fit
 
 Batch = dict[str, Tensor]
 Batches = Callable[[int], Batch]
-ANSWER_WEIGHT = 4.0  # an answer's token counts as this many tokens of text: prompts are long, answers short
+ANSWER_WEIGHT = 32.0  # an answer's token counts as this many tokens of text: prompts are long, answers short
 
 
 def batches(

@@ -18,20 +18,13 @@ from lineament.convert.plan import Plan
 from lineament.convert.precision import autocast
 from lineament.convert.probe import Call, probing
 from lineament.graph import stream
+from lineament.models.adapters import adapter_for
 from lineament.train import FitConfig, fit
 
 GATES = (
-    "*log_scale",
-    "*scale_query",
-    "*gate_key",
-    "*gate_bias",
-    "*decay*",
-    "*temperature",
-    "*window_logit",
-    "*dt_bias",
-    "*A_log",
-    "*beta_bias",
-)
+    "*log_scale", "*scale_query", "*gate_key", "*gate_bias", "*decay", "*decay_bias", "*decay_rate", "*temperature",
+    "*window_logit", "*beta_bias", "*key_length",
+)  # fmt: skip
 UNNORMALISED = ("lightning", "gated-deltanet", "kda")
 
 
@@ -106,10 +99,28 @@ def _catcher(caught: list[tuple[Tensor, ...]], full: Sequence[int], dtype: torch
     return handle
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Return |output - target|^2 / |target|^2 over everything: one number that layers of any scale share."""
-    target = target.float()
-    return (output.float() - target).square().sum() / target.square().sum().clamp_min(1e-12)
+def relative_error(output: Tensor, target: Tensor, out: Tensor | None = None, first: int = 0) -> Tensor:
+    """Return |(output - target) W|^2 / |target W|^2 from token `first` on: one number that layers of any scale share.
+
+    Args:
+        output, target: [B, T, Hq', V]. out: W [Hq' V, D], the layer's output projection; None measures the heads.
+    """
+    target, gap = target[:, first:].float(), (output[:, first:].float() - target[:, first:].float())
+    if out is not None:
+        target, gap = target.flatten(2) @ out, gap.flatten(2) @ out
+    return gap.square().sum() / target.square().sum().clamp_min(1e-12)
+
+
+def output_weight(attention: nn.Module, full: Sequence[int], key_heads: int) -> Tensor | None:
+    """Return the rows of an attention's output projection that its converted heads feed, [Hq' V, D], in float32."""
+    name = adapter_for(attention).projections[-1]
+    projection = getattr(attention, name, None)
+    if projection is None:
+        return None
+    weight = projection.weight.detach().float()
+    weight = weight.mT if isinstance(projection, nn.Linear) else weight
+    per_head = weight.unflatten(0, (key_heads, -1))
+    return per_head[[head for head in range(key_heads) if head not in full]].flatten(0, 1).contiguous()
 
 
 def attention_kl(mixer: nn.Module, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
@@ -130,14 +141,20 @@ def attention_kl(mixer: nn.Module, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
     return (cross - entropy).mean()
 
 
-def transfer_loss(kind: str) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, float]]]:
-    """Return the loss (mixer, batch) -> (scalar, named numbers) of a plan's `transfer_loss`."""
+def transfer_loss(
+    kind: str, out: Tensor | None = None, first: int = 0
+) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, float]]]:
+    """Return the loss (mixer, batch) -> (scalar, named numbers) of a plan's `transfer_loss`.
+
+    Args:
+        out: output projection of the converted heads. first: tokens before it are exact and not scored.
+    """
 
     def loss(mixer: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         total, numbers = batch["q"].new_zeros((), dtype=torch.float32), {}
         if kind in ("output-mse", "both"):
             output = mixer(batch["q"], batch["k"], batch["v"], x=batch["x"])[0]
-            error = relative_error(output, batch["target"])
+            error = relative_error(output, batch["target"], out, min(first, batch["q"].shape[1] // 2))
             total, numbers["error"] = total + error, float(error.detach())
         if kind in ("attention-kl", "both"):
             divergence = attention_kl(mixer, batch["q"], batch["k"], batch["x"])
@@ -215,10 +232,13 @@ def transfer(
             continue
         mixer, batches = mixers[layer], pool_batches(pool, plan)
         _let_learn(mixer, plan.learns)
-        before = _error(mixer, batches, plan)
+        full = full_heads.get(layer, ())
+        out = output_weight(attentions[layer], full, len(full) + pool.k[0].shape[2])
+        loss = transfer_loss(plan.transfer_loss, out, plan.window)
+        before = _error(mixer, batches, plan, out)
         work = folder / f"layer-{layer:03d}.work"
-        fit(mixer, batches, transfer_loss(plan.transfer_loss), fit_config(plan, steps, precision), out=work)
-        results[layer] = {"before": before, "after": _error(mixer, batches, plan)}
+        fit(mixer, batches, loss, fit_config(plan, steps, precision), out=work, description=f"layer {layer}")
+        results[layer] = {"before": before, "after": _error(mixer, batches, plan, out)}
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in mixer.state_dict().items()}
         numbers = {name: repr(value) for name, value in results[layer].items()}
         io.save_tensors(state, folder / f"layer-{layer:03d}.safetensors", metadata=numbers)
@@ -239,13 +259,14 @@ def _let_learn(mixer: nn.Module, globs: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def _error(mixer: nn.Module, batches: Callable[[int], dict[str, Tensor]], plan: Plan) -> float:
+def _error(mixer: nn.Module, batches: Callable[[int], dict[str, Tensor]], plan: Plan, out: Tensor | None) -> float:
     """Return the relative error on the first batches, one per length."""
     errors = []
     for step in range(len(plan.transfer_lengths)):
         batch = batches(step)
         output = mixer(batch["q"], batch["k"], batch["v"], x=batch["x"])[0]
-        errors.append(float(relative_error(output, batch["target"])))
+        first = min(plan.window, batch["q"].shape[1] // 2)
+        errors.append(float(relative_error(output, batch["target"], out, first)))
     return sum(errors) / len(errors)
 
 
