@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Folded:
     """Derived tensors of a module, made again when its parameters change.
 
-    A call over whole sequences `forget`s them; steps in between use them. So a change that leaves no trace (`p.data`
-    written in place) can only be missed in the middle of one text.
+    A call over whole sequences `forget`s them; steps in between use them as long as the watched parameters count no
+    change. So one that leaves no trace (`p.data` written in place) can only be missed in the middle of one text.
     """
 
     def __init__(self) -> None:
@@ -21,11 +21,9 @@ class Folded:
         """Make them anew at the next step."""
         self._key, self._made = None, ()
 
-    def get(
-        self, parameters: Sequence[nn.Parameter | None], make: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
+    def get(self, parameters: Sequence[Tensor | None], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Return what `make` made of these parameters."""
-        key = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters if p is not None)
+        key = tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters if p is not None)
         if key != self._key:
             self._made, self._key = make(), key
         return self._made

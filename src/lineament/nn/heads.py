@@ -70,7 +70,7 @@ def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
 
 def _take(x: Tensor, runs: list[tuple[int, int]], groups: int = 1) -> Tensor:
     """Take runs of heads from [B, T, H, K]; a single run is a view."""
-    parts = [x[:, :, a * groups : b * groups] for a, b in runs]
+    parts = [x.narrow(2, a * groups, (b - a) * groups) for a, b in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -157,7 +157,7 @@ class ConvertedHeads(nn.Module):
         parts, at = [], [0, 0]
         for (a, b), full in self._order:
             width = (b - a) * self.config.groups
-            parts.append((o_full if full else o_rest)[:, :, at[full] : at[full] + width])
+            parts.append((o_full if full else o_rest).narrow(2, at[full], width))
             at[full] += width
         return torch.cat(parts, dim=2)
 

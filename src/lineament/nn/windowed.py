@@ -95,16 +95,17 @@ class HedgehogWindow(nn.Module):
 
     def step_gates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return what `gates` does for one token, q [B, Hq, K] and k [B, Hk, K], by one product."""
-        weight, bias, log_decay = self._folded.get(list(self.parameters()), self._fold)
-        heads = q.shape[1]
-        y = torch.baddbmm(bias, torch.cat([q, k], dim=1).transpose(0, 1).to(weight.dtype), weight).transpose(0, 1)
-        gate, y = y[..., -1], y[..., :-1]
-        phi = torch.stack([y, -y], dim=-2).softmax(-1).flatten(-2)
-        phi_k = phi[:, heads:]
+        watched = (self.log_scale, self.map_q.weight, self.map_k.weight, self.gate_key, self.decay)
+        weight, bias, log_decay = self._folded.get(watched, self._fold)
+        heads, width = q.shape[1], weight.shape[2] - 1
+        y = torch.baddbmm(bias, torch.cat((q, k), 1).transpose(0, 1).to(weight.dtype), weight).transpose(0, 1)
+        half, gate = y.narrow(2, 0, width), y.select(2, width)
+        phi = torch.stack((half, half.neg()), 2).softmax(-1).flatten(2)
+        phi_k = phi.narrow(1, heads, k.shape[1])
         if self.gate_key is not None:
-            phi_k = phi_k * gate[:, heads:, None].exp()
+            phi_k = phi_k * gate.narrow(1, heads, k.shape[1]).exp().unsqueeze(-1)
         decay = log_decay.expand(k.shape[:-1]) if self.decay is not None else None
-        return phi[:, :heads], phi_k, gate[:, :heads], decay
+        return phi.narrow(1, 0, heads), phi_k, gate.narrow(1, 0, heads), decay
 
     def _fold(self) -> tuple[Tensor, Tensor, Tensor]:
         q, k = self.map_q, self.map_k
@@ -136,10 +137,10 @@ class HedgehogWindow(nn.Module):
         """See `HeadMixer`."""
         near: dict[str, Any] = {"window": self.config.window, "sinks": self.config.sinks}
         if cu_seqlens is None and stepping(q.shape[1], state):
-            q, k, v = q[:, 0], k[:, 0], v[:, 0]
+            q, k, v = q.select(1, 0), k.select(1, 0), v.select(1, 0)
             phi_q, phi_k, scale, log_decay = self.step_gates(q, k) if self._folds else self.gates(q, k)
             o = windowed_step_(q, k, v, phi_q, phi_k, scale, state, log_decay=log_decay, **near)
-            return o[:, None], state
+            return o.unsqueeze(1), state
         self._folded.forget()
         phi_q, phi_k, log_scale, log_decay = self.gates(q, k)
         return windowed_linear_attention(
