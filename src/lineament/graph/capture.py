@@ -120,33 +120,46 @@ def capture(
     if not (inputs or outputs):
         raise InputError("capture was asked for neither inputs nor outputs; set one of them")
     chosen = select(model, where)
-    record = Captured(chosen, outputs)
-    enough = _Enough()
-
-    def take(tree: Any) -> Any:
-        return pytree.tree_map(lambda x: _take(x, detach, clone, keep) if isinstance(x, Tensor) else x, tree)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record._keep("inputs", module, (take(args), take(kwargs)))
-        if stop and not outputs and record._complete(int(stop)):
-            raise enough
-
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        record._keep("outputs", module, take(output))
-        if stop and record._complete(int(stop)):
-            raise enough
-
+    recorder = _Recorder(
+        Captured(chosen, outputs), lambda x: _take(x, detach, clone, keep), stop_before=0 if outputs else int(stop),
+        stop_after=int(stop),
+    )  # fmt: skip
     with ExitStack() as hooks:
         for module in {id(module): module for module in chosen.values()}.values():
             if inputs:
-                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_pre_hook(recorder.before, with_kwargs=True).remove)
             if outputs:
-                hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(recorder.after, with_kwargs=True).remove)
         try:
-            yield record
+            yield recorder.record
         except _Enough as signal:
-            if signal is not enough:
+            if signal is not recorder.enough:  # then it belongs to a capture around this one
                 raise
+
+
+class _Recorder:
+    """The hooks of one capture."""
+
+    def __init__(
+        self, record: Captured, take: Callable[[Tensor], Tensor], *, stop_before: int, stop_after: int
+    ) -> None:
+        self.record, self.take, self.enough = record, take, _Enough()
+        self.stop_before, self.stop_after = stop_before, stop_after
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.record._keep("inputs", module, (self._taken(args), self._taken(kwargs)))
+        self._leave(self.stop_before)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.record._keep("outputs", module, self._taken(output))
+        self._leave(self.stop_after)
+
+    def _taken(self, tree: Any) -> Any:
+        return pytree.tree_map(lambda x: self.take(x) if isinstance(x, Tensor) else x, tree)
+
+    def _leave(self, calls: int) -> None:
+        if calls and self.record._complete(calls):
+            raise self.enough
 
 
 @contextmanager
