@@ -1,0 +1,44 @@
+"""Tensor functions of linear-time attention: each a reference loop and fast backends, none with weights.
+
+- `decayed_attention`, `delta_rule`: the one recurrence, additive or with the delta rule; `decayed_step_`, `delta_step_`
+  are its single steps in place. `BACKENDS_DECAYED`, `BACKENDS_DELTA` are the choices.
+- `linear_attention`: feature maps under a running normaliser. `bidirectional_attention`: the same, not causal.
+- `windowed_linear_attention`: exact softmax on a window and sinks, feature maps elsewhere, one denominator;
+  `windowed_step_` is its step. `lolcats_attention`: the published form. `window_attention`: window and sinks alone.
+"""
+
+from lineament.ops.bidirectional import bidirectional_attention
+from lineament.ops.linear import linear_attention
+from lineament.ops.recurrence import (
+    BACKENDS_DECAYED,
+    BACKENDS_DELTA,
+    decayed_attention,
+    decayed_step_,
+    delta_rule,
+    delta_step_,
+)
+from lineament.ops.window import (
+    WindowState,
+    lolcats_attention,
+    lolcats_step_,
+    window_attention,
+    windowed_linear_attention,
+    windowed_step_,
+)
+
+__all__ = [
+    "BACKENDS_DECAYED",
+    "BACKENDS_DELTA",
+    "WindowState",
+    "bidirectional_attention",
+    "decayed_attention",
+    "decayed_step_",
+    "delta_rule",
+    "delta_step_",
+    "linear_attention",
+    "lolcats_attention",
+    "lolcats_step_",
+    "window_attention",
+    "windowed_linear_attention",
+    "windowed_step_",
+]
