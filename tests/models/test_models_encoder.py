@@ -2,9 +2,21 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig
-from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, ElectraConfig, RobertaConfig
-from transformers import ElectraModel, GPT2Config, GPT2Model, RobertaModel
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    ElectraConfig,
+    ElectraModel,
+    GPT2Config,
+    GPT2Model,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from lineament._base.errors import InputError
 from lineament.models import head_shape
@@ -111,6 +123,16 @@ def test_a_head_is_put_on_a_student_as_on_any_model(tmp_path):
     loss = model(**batch(), labels=torch.tensor([0, 2])).loss
     loss.backward()
     assert encoder_mixers(model)[0].map_k.weight.grad.abs().sum() > 0
+
+
+def test_hidden_states_can_be_asked_for():
+    class Fresh(BertModel):  # a class that nobody has made a student of yet
+        pass
+
+    teacher = tiny(Fresh)
+    found = student_of(teacher)(**batch(), output_hidden_states=True)
+    assert len(found.hidden_states) == 4
+    assert torch.equal(found.hidden_states[-1], found.last_hidden_state)
 
 
 def test_memory_is_linear_in_the_length():

@@ -159,11 +159,10 @@ class MixerLayer(LinearAttentionCacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows (numbers or a mask)."""
         rows = next((len(x) for x in self.state.tensors().values()), 0)
+        if self._before is not None:
+            raise InputError("rows can't be selected while tokens are recorded; crop(0) first")
         if rows:
-            index = torch.arange(rows, device=indices.device)[indices]
-            self.state.select(index)
-            if self._before is not None or self._record:
-                raise InputError("rows can't be selected while tokens are recorded; crop(0) first")
+            self.state.select(torch.arange(rows, device=indices.device)[indices])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -62,6 +62,13 @@ class Rows:
         """Build for one row that holds documents back to back."""
         return cls(1, length, cu_seqlens)
 
+    def to(self, device: torch.device | str | int, **_: object) -> "Rows":
+        """Return these rows on a device (models spread over several devices call this for their inputs)."""
+        if self.cu_seqlens.device == torch.device(device):
+            return self
+        valid, index = (x if x is None else x.to(device) for x in (self.valid, self.index))
+        return Rows(self.batch, self.length, self.cu_seqlens.to(device), valid, index)
+
     @cached_property
     def bounds(self) -> list[int]:
         """`cu_seqlens` as numbers (one transfer from the device)."""
