@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lineament._base.errors import InputError
+from lineament.io import open_weights
 from lineament.train import FitConfig, TrainingError, fit
 
 CONFIG = FitConfig(steps=10, lr={"*.bias": 1e-1, "*": 1e-2}, warmup=2, checkpoint_every=5, weight_decay=0.1, seed=3)
@@ -47,6 +48,27 @@ def test_training_lowers_the_loss_and_logs_every_step(tmp_path):
 
 class Stop(Exception):
     pass
+
+
+def test_the_optimizer_and_running_means_come_back_to_the_bit(tmp_path):
+    def normed():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).train()
+
+    def interrupt(step, numbers):
+        if step == 6:
+            raise Stop
+
+    whole, again = normed(), normed()
+    fit(whole, batches, loss, CONFIG, out=tmp_path / "whole")
+    with pytest.raises(Stop):
+        fit(normed(), batches, loss, CONFIG, out=tmp_path / "again", on_step=interrupt)
+    fit(again, batches, loss, CONFIG, out=tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    one, two = (open_weights(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "again"))
+    assert one.names == two.names
+    assert {n.split(":")[1] for n in one.names if n.startswith("state:")} == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(one.load(n), two.load(n)) for n in one.names)
 
 
 @pytest.mark.parametrize("at", [5, 7, 9])
@@ -159,7 +181,7 @@ SCRIPT = """
 def launch(tmp_path, at, number):
     here = os.path.dirname(__file__)
     code = textwrap.dedent(SCRIPT).format(tests=here, at=at, number=int(number), out=str(tmp_path))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=290, check=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

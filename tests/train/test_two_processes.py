@@ -34,7 +34,7 @@ def run(out, accumulate, world):
         mine = dict(common, RANK=str(rank), LOCAL_RANK=str(rank)) if world > 1 else common
         jobs.append(subprocess.Popen([sys.executable, "-c", code], env=mine, stderr=subprocess.PIPE, text=True))
     for job in jobs:
-        _, said = job.communicate(timeout=180)
+        _, said = job.communicate(timeout=400)
         assert job.returncode == 0, said[-2000:]
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 

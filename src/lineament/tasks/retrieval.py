@@ -21,7 +21,7 @@ from lineament.tasks.templates import KINDS, SETS, TEMPLATES, Wording
 DIGITS = 5  # in a code, for kinds that ask for one
 SHORT_DIGITS = 4  # in a code of a list or of a pair
 WORDS = 3  # in a password
-ENTRIES = 8  # in a key-value list
+ENTRIES = 6  # in a key-value list
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def make_prompts(
     Args:
         tokenizer: of the model.
         kind: "digits" (a code), "words" (three words), "two-needles" (two codes at different depths, both asked for) or
-            "key-value" (a list of eight entries, one asked for).
+            "key-value" (a list of six entries, one asked for).
         length: tokens of prompt and answer together.
         count: how many.
         filler: documents to hide the facts in (a `Haystack` made once saves time).

@@ -39,11 +39,23 @@ def restore_random_states(tensors: Mapping[str, Tensor], others: str) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that belong to a model's state (running means and the like), which training may change."""
+    named = dict(model.named_buffers())
+    return {name: named[name] for name in model.state_dict() if name in named}
+
+
 def save(
-    folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, digest: str
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    digest: str,
 ) -> None:
     """Write all that training goes on from after `step` steps; the former file stays until the new one is whole."""
     tensors = {f"parameter:{name}": p.detach() for name, p in parameters.items()}
+    tensors |= {f"buffer:{name}": b for name, b in buffers.items()}
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
             if value is not None:
@@ -54,8 +66,14 @@ def save(
     io.save_tensors(saved, folder / FILE, metadata={"step": str(step), "config": digest, "random": others})
 
 
-def load(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, digest: str) -> int:
-    """Restore parameters, optimiser and generators in place; return the number of finished steps.
+def load(
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    digest: str,
+) -> int:
+    """Restore parameters, buffers, optimiser and generators in place; return the number of finished steps.
 
     Raises:
         InputError: the checkpoint belongs to another configuration or another model.
@@ -73,6 +91,8 @@ def load(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.
             kind, _, rest = entry.partition(":")
             if kind == "parameter":
                 parameters[rest].copy_(weights.load(entry))
+            elif kind == "buffer":
+                buffers[rest].copy_(weights.load(entry))
             elif kind == "random":
                 generators[rest] = weights.load(entry)
             else:

@@ -81,9 +81,10 @@ def fit(
                 on_step(step, numbers)
             show(step + 1, numbers)
             run.log(step, numbers)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stop.is_set():
+            stopping = run.any_of(stop.is_set())
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping:
                 run.save(step + 1)
-            if stop.is_set():
+            if stopping:
                 raise KeyboardInterrupt
     return Fitted(config.steps, time.perf_counter() - began, run.metrics, numbers)
 
@@ -99,6 +100,7 @@ class _Run:
         optimizer = _optimizer(groups, config)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.parameters = {names[p]: p for group in groups for p in group["params"]}
+        self.buffers = checkpoint.persistent_buffers(model)
         self.model, self.wrapped = accelerator.prepare(model, optimizer)
         self.optimizer = optimizer
         # sharded parameters can't be saved by name; such a run is not resumable in the middle
@@ -121,7 +123,7 @@ class _Run:
                 (self.out / checkpoint.METRICS).unlink(missing_ok=True)
             self.accelerator.wait_for_everyone()
             return 0
-        done = checkpoint.load(self.out, self.parameters, self.optimizer, self.digest)
+        done = checkpoint.load(self.out, self.parameters, self.buffers, self.optimizer, self.digest)
         if self.accelerator.is_main_process:
             checkpoint.log_up_to(self.out / checkpoint.METRICS, done)
         return done
@@ -165,6 +167,13 @@ class _Run:
         mean: Any = self.accelerator.reduce(values, reduction="mean")
         return dict(zip(numbers, mean.tolist(), strict=True))
 
+    def any_of(self, flag: bool) -> bool:
+        """Say whether a flag is up in any process, so that all of them leave at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        total: Any = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device))
+        return bool(total > 0)
+
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Append one JSON line to the log."""
         if self.metrics is None or not self.accelerator.is_main_process or step % self.config.log_every:
@@ -175,7 +184,7 @@ class _Run:
     def save(self, step: int) -> None:
         """Replace the checkpoint by one after `step` steps."""
         if self.out is not None and self.by_name and self.accelerator.is_main_process:
-            checkpoint.save(self.out, step, self.parameters, self.optimizer, self.digest)
+            checkpoint.save(self.out, step, self.parameters, self.buffers, self.optimizer, self.digest)
         self.accelerator.wait_for_everyone()
 
 
