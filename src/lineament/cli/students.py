@@ -14,6 +14,10 @@ def evaluate(
     prompts: Annotated[int, typer.Option(help="Retrieval prompts per length.")] = 40,
     speed: Annotated[bool, typer.Option(help="Time decode and prefill too.")] = True,
     tasks: Annotated[str, typer.Option(help="Comma-separated lm-eval tasks (needs the extra eval).")] = "",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where that is fast.")] = "fp32",
+    saved: Annotated[
+        bool, typer.Option(help="Take the quality saved with the student; measure bytes and speed.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a one-file report here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -33,9 +37,10 @@ def evaluate(
         prompts=prompts,
         speed=speed,
         lm_eval_tasks=tuple(filter(None, tasks.split(","))),
+        precision=precision,
+        saved=saved,
+        page=html,
     )
-    if html is not None:
-        room.write_report(found, html)
     if json:
         print_json(found.to_json())
     else:

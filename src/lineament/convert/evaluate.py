@@ -11,6 +11,7 @@ from torch import nn
 
 from lineament._base.errors import InputError
 from lineament.convert.parts import converted
+from lineament.convert.precision import autocast, resolve
 from lineament.convert.thresholds import CACHE_CONTEXT, Bar, verdict
 from lineament.data import windows
 from lineament.graph import swapped
@@ -24,7 +25,9 @@ from lineament.tasks.retrieval import KINDS, Retrieval, make_prompts, paired_poi
 
 Row = dict[str, Any]
 RETRIEVAL_LENGTHS = (512, 1024, 4096)
-SPEED_CONTEXTS = {"decode": (128, 8192, 32768), "prefill": (2048, 8192)}
+SPEED_CONTEXTS = {"decode": (128, 2048, 8192, 32768), "prefill": (2048, 4096, 8192)}
+COSTS = ("cache bytes", "decode", "prefill")
+CACHE_CONTEXTS = (512, 2048, 8192, CACHE_CONTEXT)
 
 
 @contextmanager
@@ -56,9 +59,10 @@ def evaluate(
     bar: Bar | None = None,
     speed: bool = False,
     seed: int = 0,
+    precision: str = "fp32",
     on_row: Callable[[Row], None] | None = None,
 ) -> Evidence:
-    """Compare a student with its teacher on the same text and prompts, in float32.
+    """Compare a student with its teacher on the same text and prompts.
 
     Args:
         texts: {name: test documents}, never trained on.
@@ -66,7 +70,8 @@ def evaluate(
         tokens: about how many tokens per text and length. prompts: retrieval prompts per length; 0 = none.
         untrained: window + sinks with the same softmax heads and the teacher's weights, the second baseline.
         bar: the goals; None reports without a verdict.
-        speed: time decode and prefill too.
+        speed: time decode and prefill too. precision: "fp32", or "bf16" autocast for all models alike; "auto" is bf16
+            where that is fast.
         on_row: called with each row as it is measured.
 
     Returns:
@@ -79,32 +84,50 @@ def evaluate(
     hay = Haystack([text for one in texts.values() for text in one], tokenizer)
     limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     retrieval_lengths = [one for one in retrieval_lengths if limit is None or one <= limit]
-    with torch.no_grad():
-        for row in _all_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, hay, speed):
+    device = next(student.parameters()).device
+    precision = resolve(precision, device)
+    with torch.no_grad(), autocast(precision, device):
+        for row in _quality_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, hay):
             rows.append(row)
             if on_row:
                 on_row(row)
-    verdicts = [row["verdict"] for row in rows if row.get("verdict")]
+    rows += cost_rows(student, teacher, bar=bar, speed=speed)
+    return concluded(rows, bar=bar, seed=seed, seconds=time.perf_counter() - start, precision=precision)
+
+
+def cost_rows(student: nn.Module, teacher: nn.Module, *, bar: Bar | None = None, speed: bool = True) -> list[Row]:
+    """Return the rows on bytes of cache and, if asked, on speed: nothing here depends on text or training."""
+    with torch.no_grad():
+        return list(_Measure(student.eval(), teacher.eval(), None, None, bar, 0).bytes_and_speed(speed))
+
+
+def concluded(rows: Sequence[Row], *, bar: Bar | None, seed: int, seconds: float, precision: str) -> Evidence:
+    """Put measured rows into evidence with a verdict over all that have a goal."""
     return Evidence(
         name="conversion",
         rows=rows,
-        claim="the student keeps its teacher's quality with a fraction of the cache, and its state earns its keep",
+        claim="the student keeps its teacher's quality for a fraction of the cache; its linear state earns its keep",
         threshold=f"goals for {bar.name}: {_say(bar)}" if bar else "none set",
-        passed=all(one == "pass" for one in verdicts) if verdicts else None,
+        passed=passed(rows),
         seeds=[seed],
-        seconds=time.perf_counter() - start,
-        notes=_notes(rows),
+        seconds=seconds,
+        notes=_notes(rows) + f"; quality measured in {precision}",
     )
 
 
-def _all_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, hay, speed) -> Iterator[Row]:
+def passed(rows: Sequence[Row]) -> bool | None:
+    """Say whether every row with a goal reached it; None when there is no goal."""
+    verdicts = [row["verdict"] for row in rows if row.get("verdict")]
+    return all(one == "pass" for one in verdicts) if verdicts else None
+
+
+def _quality_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, hay) -> Iterator[Row]:
     yield from measure.perplexities(texts, lengths, tokens)
     if prompts:
         for length in retrieval_lengths:
             yield from measure.retrieval(length, prompts, hay)
     yield from measure.agreements(texts, tokens)
     yield from measure.gains(texts, tokens)
-    yield from measure.bytes_and_speed(speed)
 
 
 class _Measure:
@@ -207,12 +230,13 @@ class _Measure:
             }  # fmt: skip
 
     def bytes_and_speed(self, speed: bool) -> Iterator[Row]:
-        ours, theirs = (cache_bytes(model, CACHE_CONTEXT) for model in (self.student, self.teacher))
-        goal = self.bar.cache if self.bar else None
-        yield {
-            "measure": f"cache bytes {CACHE_CONTEXT}", "student": ours, "teacher": theirs, "ratio": ours / theirs,
-            "goal": goal, "verdict": verdict(ours / theirs, goal),
-        }  # fmt: skip
+        for context in CACHE_CONTEXTS:
+            ours, theirs = (cache_bytes(model, context) for model in (self.student, self.teacher))
+            goal = self.bar.cache if self.bar and context == CACHE_CONTEXT else None
+            yield {
+                "measure": f"cache bytes {context}", "student": ours, "teacher": theirs, "ratio": ours / theirs,
+                "goal": goal, "verdict": verdict(ours / theirs, goal),
+            }  # fmt: skip
         if not speed:
             return
         pair = {"student": self.student, "teacher": self.teacher}

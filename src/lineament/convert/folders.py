@@ -1,6 +1,7 @@
 """Models and students by name: looked at without their weights, loaded, measured, reported."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,10 @@ def evaluate_folder(
     speed: bool = True,
     lm_eval_tasks: Sequence[str] = (),
     seed: int = 0,
+    precision: str = "fp32",
+    saved: bool = False,
+    on_row: Callable[[Any], None] | None = None,
+    page: str | Path | None = None,
 ) -> Evidence:
     """Measure a student's folder beside its teacher.
 
@@ -122,11 +127,14 @@ def evaluate_folder(
         student: folder of a converted model. teacher: default: the one named in the student's plan.
         data: text names; default: those of the student's plan. Only the test split is read.
         lm_eval_tasks: tasks of lm-eval run on the student as well (needs the extra eval).
+        precision: of the quality, see `evaluate`. saved: take the quality from the evidence saved with the student,
+            and measure only bytes and speed. on_row: called with each row of quality as it is measured.
+        page: write a one-file report here, with texts by both models.
 
     Raises:
         InputError: no teacher is known, a length below 2, or a folder can't be read.
     """
-    from lineament.convert.evaluate import RETRIEVAL_LENGTHS, evaluate
+    from lineament.convert.evaluate import COSTS, RETRIEVAL_LENGTHS, cost_rows, evaluate, passed
     from lineament.convert.text import load_documents
     from lineament.convert.thresholds import bar_of
 
@@ -140,14 +148,27 @@ def evaluate_folder(
     theirs, _ = load(teacher)
     plan = Plan.from_json(about["plan"]) if "plan" in about else None
     names = tuple(data or (plan.data if plan else ("wiki-sample", "docs")))
-    limit = info_from_config(theirs.config, name="").positions or max(lengths)
-    evidence = evaluate(
-        ours, theirs, tokenizer, texts=load_documents(names)["test"], tokens=tokens, prompts=prompts, speed=speed,
-        lengths=[one for one in lengths if one <= limit], bar=bar_of(plan) if plan else None, seed=seed,
-        retrieval_lengths=[one for one in RETRIEVAL_LENGTHS if one <= limit],
-        untrained=_untrained(theirs, ours, plan),
-    )  # fmt: skip
-    return _with_lm_eval(evidence, ours, tokenizer, lm_eval_tasks) if lm_eval_tasks else evidence
+    bar = bar_of(plan) if plan else None
+    if saved:
+        before = Evidence.from_json(io.read_json(Path(student) / "evidence.json"))
+        quality = [row for row in before.rows if not row["measure"].startswith(COSTS)]
+        rows = [*quality, *cost_rows(ours, theirs, bar=bar, speed=speed)]
+        evidence = replace(before, rows=rows, passed=passed(rows))
+    else:
+        limit = info_from_config(theirs.config, name="").positions or max(lengths)
+        evidence = evaluate(
+            ours, theirs, tokenizer, texts=load_documents(names)["test"], tokens=tokens, prompts=prompts,
+            speed=speed, lengths=[one for one in lengths if one <= limit], bar=bar, seed=seed, precision=precision,
+            retrieval_lengths=[one for one in RETRIEVAL_LENGTHS if one <= limit], on_row=on_row,
+            untrained=_untrained(theirs, ours, plan),
+        )  # fmt: skip
+    if lm_eval_tasks:
+        evidence = _with_lm_eval(evidence, ours, tokenizer, lm_eval_tasks)
+    if page is not None:
+        from lineament.convert.pages import report_page, written
+
+        report_page(evidence, Path(page), extra=[written({"teacher": theirs, "student": ours}, tokenizer)])
+    return evidence
 
 
 def _about(student: Path) -> dict[str, Any]:
@@ -162,15 +183,11 @@ def _untrained(teacher: nn.Module, student: nn.Module, plan: Plan | None) -> nn.
 
     if plan is None or not plan.window + plan.sinks or plan.mixer == "softmax-window":
         return None
-    from dataclasses import replace
-
     configs = {one.layer: replace(one.config, kind="softmax-window", options={}) for one in converted(student).values()}
     return build_student(teacher, configs, share=True)
 
 
 def _with_lm_eval(evidence: Evidence, model: nn.Module, tokenizer: Any, tasks: Sequence[str]) -> Evidence:
-    from dataclasses import replace
-
     from lineament._base.extras import require
 
     lm_eval = require("lm_eval", extra="eval")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lineament.report import Evidence, bars, curve, page
-from lineament.report.page import Picture, Rows, Section, Text, Tiles
+from lineament.report.page import Picture, Rows, Samples, Section, Text, Tiles
 
 MODELS = {"teacher": "teacher", "student": "student", "state_off": "linear state off", "untrained": "window + sinks"}
 
@@ -25,8 +25,48 @@ def report_page(evidence: Evidence, path: Path, *, extra: Sequence[Any] = ()) ->
     if picture := retrieval_picture(rows):
         said = "share of answer tokens right for facts found far back, by length and model"
         sections.append(Section("Retrieval", [Picture(picture, said)]))
+    if pictures := cost_pictures(rows):
+        sections.append(Section("Speed and memory", pictures))
     table = Section("Everything measured", [Rows(rows, evidence.threshold)])
     return page(f"{evidence.name}: {evidence.verdict}", [*sections, *extra, table], path, lead=evidence.claim)
+
+
+COSTS = {  # measure: (what one sees, axis of the values, factor)
+    "cache bytes": ("memory of the cache against context", "megabytes", 1e-6),
+    "decode tokens/s": ("tokens written per second after a context", "tokens per second", 1.0),
+    "prefill tokens/s": ("tokens read per second, by length of the prompt", "tokens per second", 1.0),
+}
+PROMPTS = ("The capital of France is", "The linear structure of a neural network", "Once upon a time, a small robot")
+
+
+def cost_pictures(rows: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    """Draw cache bytes, decode and prefill speed of student and teacher against context."""
+    pictures = []
+    for measure, (said, unit, factor) in COSTS.items():
+        mine = [row for row in rows if re.fullmatch(rf"{measure} \d+", row["measure"])]
+        points = sorted((int(row["measure"].rpartition(" ")[2]), row) for row in mine)
+        if len(points) > 1:
+            series = {
+                name: ([context for context, _ in points], [factor * row[name] for _, row in points])
+                for name in ("teacher", "student")
+            }
+            picture = curve(series, xlabel="context (tokens)", ylabel=unit, title=said, log="x")
+            pictures.append(Picture(picture, f"{said}, student and teacher"))
+    return pictures
+
+
+def written(models: Mapping[str, Any], tokenizer: Any, *, max_new_tokens: int = 48) -> Section:
+    """Let every model go on from the same prompts, and show the texts side by side."""
+    from lineament.models import write_text
+
+    samples = []
+    for prompt in PROMPTS:
+        texts = {
+            name: write_text((model, tokenizer), prompt, max_new_tokens=max_new_tokens)["text"]
+            for name, model in models.items()
+        }
+        samples.append(Samples(prompt, texts))
+    return Section("Text by both, the likeliest token each time", samples)
 
 
 def _tiles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

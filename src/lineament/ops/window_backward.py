@@ -180,7 +180,8 @@ class WindowedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_far: Tensor) -> tuple[Any, ...]:
-        inputs, (o, den, far, *parts) = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+        saved = ctx.saved_tensors  # read once: checkpointing hands them out a single time
+        inputs, (o, den, far, *parts) = saved[:10], saved[10:]
         call = WindowCall(*inputs, *ctx.geometry)
         states = [State(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
         *grads, sink_k, sink_v, state = backward(call, o, den, states, split_state(far), grad, grad_far)
