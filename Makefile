@@ -21,10 +21,10 @@ $(VENV)/.dev: $(VENV)/.base
 
 demo: $(VENV)/.base ## convert the embedded pretrained model; leaves demo/student and demo/report.html
 	$(BIN)/lineament convert smollm2 -o $(DEMO)/student --budget $(BUDGET)
-	$(BIN)/lineament evaluate $(DEMO)/student --teacher smollm2 --html $(DEMO)/report.html
+	$(BIN)/lineament evaluate $(DEMO)/student --teacher smollm2 --saved --html $(DEMO)/report.html
 
 test: $(VENV)/.dev ## the quick tests
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(VENV)/.dev ## the slow tests too
 	$(BIN)/python -m pytest

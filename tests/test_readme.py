@@ -48,4 +48,4 @@ def test_the_python_blocks_run(small, capsys):
     for block in blocks("python"):
         exec(compile(small(block), "README.md", "exec"), names)
     assert names["o"].shape == (1, 4096, 8, 64)
-    assert "cache bytes" in capsys.readouterr().out
+    assert "conversion" in capsys.readouterr().out

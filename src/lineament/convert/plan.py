@@ -50,7 +50,8 @@ class Plan:
         budget: None, seconds, or "15min", "1h"; budget_transfer: the share spent on transfer.
         precision: "auto" takes bf16 autocast (float32 master weights) where bf16 matmuls are fast.
         data: names, files or folders for `data.load_text`; calibration_tokens: for gates and scales.
-        evaluate_lengths, evaluate_tokens, evaluate_prompts: the final measurement; 0 tokens = none.
+        evaluate_lengths, evaluate_tokens, evaluate_prompts, evaluate_precision: the final
+            measurement; 0 tokens = none.
         seed: of everything drawn at random. checkpoint_every: steps between checkpoints.
 
     Example:
@@ -100,6 +101,7 @@ class Plan:
     evaluate_lengths: tuple[int, ...] = (512, 2048, 8192)
     evaluate_tokens: int = 16384
     evaluate_prompts: int = 40
+    evaluate_precision: str = "auto"
     seed: int = 0
     checkpoint_every: int = 20
 
@@ -188,7 +190,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def _range_problems(plan: Plan):
-    choices = {"mixer": MIXERS, "transfer_loss": LOSSES, "distil": DISTIL, "precision": PRECISIONS, "damage": DAMAGE}
+    choices = {"mixer": MIXERS, "transfer_loss": LOSSES, "distil": DISTIL, "precision": PRECISIONS,
+               "evaluate_precision": PRECISIONS, "damage": DAMAGE}  # fmt: skip
     for name, known in choices.items():
         value = getattr(plan, name)
         if value not in known:

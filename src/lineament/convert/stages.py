@@ -314,6 +314,7 @@ def transfer_all(job: Job, student: nn.Module, work: Path, progress: Progress) -
         job.teacher, found.layers, found.attentions, fillings, pool_windows(job), plan, work / "transfer",
         full_heads=_full(student), precision=job.precision, on_layer=said,
     )  # fmt: skip
+    student.to(job.device)  # training may have moved the mixers to an accelerator
 
 
 def distil_all(job: Job, student: nn.Module, work: Path, progress: Progress) -> nn.Module:
@@ -340,7 +341,7 @@ def distil_all(job: Job, student: nn.Module, work: Path, progress: Progress) -> 
         offset += count
     if cache is not None:
         progress.note(f"cache of the teacher's logits: {io.human_bytes(teacher.nbytes())}")
-    student = distillation.merged(model).eval().requires_grad_(False)
+    student = distillation.merged(model).eval().requires_grad_(False).to(job.device)
     _once(path, lambda: _save_distilled(student, path))
     return student
 
@@ -367,7 +368,8 @@ def evaluation(job: Job, student: nn.Module, full: Heads, work: Path, progress: 
         evidence = evaluate(
             student, job.teacher, job.tokenizer, texts=job.documents["test"], untrained=untrained, bar=bar_of(plan),
             lengths=[n for n in plan.evaluate_lengths if n <= limit], tokens=plan.evaluate_tokens,
-            prompts=plan.evaluate_prompts, seed=plan.seed, on_row=lambda row: progress.note(say_row(row)),
+            prompts=plan.evaluate_prompts, seed=plan.seed, precision=plan.evaluate_precision,
+            on_row=lambda row: progress.note(say_row(row)),
         )  # fmt: skip
         io.write_json(path, evidence.to_json())
 
