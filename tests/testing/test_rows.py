@@ -29,7 +29,7 @@ def test_mixer(kind):
     check_mixer(lambda **shape: maker(kind, **shape).filling, case=CASE)
 
 
-@pytest.mark.parametrize("law", [law for law in MIXER_LAWS if law != "packed"])
+@pytest.mark.parametrize("law", MIXER_LAWS)
 def test_layer_with_a_full_head(law):
     make = partial(maker, "hedgehog-window", (1,))
     check_mixer(make, case=CASE, begin=LayerState, constant_state=False, laws=[law])

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lineament._base.errors import InputError
 from lineament._base.shapes import bind
 from lineament.nn.config import MixerConfig
 from lineament.nn.rows import Rows
@@ -133,6 +134,9 @@ class ConvertedHeads(nn.Module):
             o, state.filling = self._fill(q, k, v, x, rows, state.filling)
             return o, state if keep else None
         groups = self.config.groups
+        packed = rows is not None and rows.valid is None
+        if packed and keep and state.full is not None and state.full.length:
+            raise InputError("packed documents can't go on from a state where heads stay softmax; run them apart")
         if keep and state.full is None:
             state.full = KeyValues()
         full = (_take(q, self._full, groups), _take(k, self._full), _take(v, self._full))
