@@ -134,7 +134,7 @@ def evaluate_folder(
     Raises:
         InputError: no teacher is known, a length below 2, or a folder can't be read.
     """
-    from lineament.convert.evaluate import COSTS, RETRIEVAL_LENGTHS, cost_rows, evaluate, passed
+    from lineament.convert.evaluate import RETRIEVAL_LENGTHS, cost_rows, evaluate
     from lineament.convert.text import load_documents
     from lineament.convert.thresholds import bar_of
 
@@ -150,10 +150,7 @@ def evaluate_folder(
     names = tuple(data or (plan.data if plan else ("wiki-sample", "docs")))
     bar = bar_of(plan) if plan else None
     if saved:
-        before = Evidence.from_json(io.read_json(Path(student) / "evidence.json"))
-        quality = [row for row in before.rows if not row["measure"].startswith(COSTS)]
-        rows = [*quality, *cost_rows(ours, theirs, bar=bar, speed=speed)]
-        evidence = replace(before, rows=rows, passed=passed(rows))
+        evidence = _with_costs(Path(student), cost_rows(ours, theirs, bar=bar, speed=speed))
     else:
         limit = info_from_config(theirs.config, name="").positions or max(lengths)
         evidence = evaluate(
@@ -162,13 +159,21 @@ def evaluate_folder(
             retrieval_lengths=[one for one in RETRIEVAL_LENGTHS if one <= limit], on_row=on_row,
             untrained=_untrained(theirs, ours, plan),
         )  # fmt: skip
-    if lm_eval_tasks:
-        evidence = _with_lm_eval(evidence, ours, tokenizer, lm_eval_tasks)
+    evidence = _with_lm_eval(evidence, ours, tokenizer, lm_eval_tasks) if lm_eval_tasks else evidence
     if page is not None:
         from lineament.convert.pages import report_page, written
 
         report_page(evidence, Path(page), extra=[written({"teacher": theirs, "student": ours}, tokenizer)])
     return evidence
+
+
+def _with_costs(student: Path, costs: Sequence[Any]) -> Evidence:
+    """Return the evidence saved with a student, its rows on bytes and speed replaced by `costs`."""
+    from lineament.convert.evaluate import COSTS, passed
+
+    before = Evidence.from_json(io.read_json(student / "evidence.json"))
+    rows = [*(row for row in before.rows if not row["measure"].startswith(COSTS)), *costs]
+    return replace(before, rows=rows, passed=passed(rows))
 
 
 def _about(student: Path) -> dict[str, Any]:

@@ -57,8 +57,9 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
     Models trained with one (Gemma, Llama) lean on it; texts are cut and packed with it in front.
     """
     bos = getattr(tokenizer, "bos_token_id", None)
-    front = tokenizer("")["input_ids"][:1] if bos is not None else []
-    return [bos] if front == [bos] else []
+    if bos is None or tokenizer("")["input_ids"][:1] != [bos]:
+        return []
+    return [int(bos)]
 
 
 def tokenize(docs: Sequence[str], tokenizer: Tokenizer) -> list[Tensor]:
