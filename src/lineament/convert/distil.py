@@ -109,8 +109,10 @@ class Teacher:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
     def _run(self, ids: Tensor, keep: Tensor) -> Tensor:
-        with autocast(self.precision, ids.device):
-            return self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        home = next(self.model.parameters()).device
+        with autocast(self.precision, home):
+            logits = self.model(input_ids=ids.to(home), use_cache=False, logits_to_keep=keep.to(home)).logits
+        return logits.to(ids.device)
 
 
 def _spread(values: Tensor, indices: Tensor, vocabulary: int) -> Tensor:

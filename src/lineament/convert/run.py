@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from lineament import io
 from lineament._base.errors import InputError
 from lineament.convert import stages
@@ -59,6 +61,8 @@ def run(
     require_fit(plan, info, out)
     documents = load_documents(plan.data)
     teacher, tokenizer = load(model)
+    if not isinstance(model, tuple):
+        teacher.to(PartialState().device)
     job = Job(plan=plan, info=info, teacher=teacher, tokenizer=tokenizer, documents=documents, name=info.name)
     job.require_text()
     with stages.shared_folder(out, resume=resume, scratch=SCRATCH) as partial:

@@ -107,6 +107,7 @@ def relative_error(output: Tensor, target: Tensor, out: Tensor | None = None, fi
     """
     target, gap = target[:, first:].float(), (output[:, first:].float() - target[:, first:].float())
     if out is not None:
+        out = out.to(gap.device)
         target, gap = target.flatten(2) @ out, gap.flatten(2) @ out
     return gap.square().sum() / target.square().sum().clamp_min(1e-12)
 
@@ -263,7 +264,7 @@ def _error(mixer: nn.Module, batches: Callable[[int], dict[str, Tensor]], plan: 
     """Return the relative error on the first batches, one per length."""
     errors = []
     for step in range(len(plan.transfer_lengths)):
-        batch = batches(step)
+        batch = {name: one.to(next(mixer.parameters()).device) for name, one in batches(step).items()}
         output = mixer(batch["q"], batch["k"], batch["v"], x=batch["x"])[0]
         first = min(plan.window, batch["q"].shape[1] // 2)
         errors.append(float(relative_error(output, batch["target"], out, first)))
