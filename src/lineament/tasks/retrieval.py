@@ -128,7 +128,8 @@ Facts = list[str]
 
 
 def _pick(options: Sequence[str], count: int, random: torch.Generator) -> list[str]:
-    return [options[int(i)] for i in torch.randperm(len(options), generator=random)[:count]]
+    order: list[int] = torch.randperm(len(options), generator=random).tolist()
+    return [options[i] for i in order[:count]]
 
 
 def _code(digits: int, random: torch.Generator) -> str:
