@@ -171,3 +171,14 @@ def test_tensors_with_nan_are_named_with_their_count(tmp_path, dtype):
 def test_many_bad_tensors_are_cut_short_in_the_message():
     with pytest.raises(InputError, match=r"t4 \(1\) and 3 more tensors"):
         check_finite({f"t{i}": torch.tensor([float("inf")]) for i in range(8)})
+
+
+def test_a_header_may_begin_with_a_pickles_first_byte(tmp_path):
+    """A header of 384 = 0x180 bytes is written as 80 01 00 ...: no reason to call the file a pickle."""
+    path = tmp_path / "w.safetensors"
+    for length in range(1, 400):
+        save_tensors({"x" * length: torch.ones(1)}, path)
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert open_weights(path).names == ["x" * length]

@@ -14,11 +14,13 @@
 - `load_teacher(name) -> (model, tokenizer)`: a folder, a Hub name, a .gguf file, or "smollm2"; `find_model(name)` gives
   the folder alone (GGUF files are unpacked into the user's cache once).
 - `write_text(model, prompt, ...)`: generate and say how fast and with how large a cache; `cache_nbytes(any cache)`.
+- `build_encoder(teacher, {layer: MixerConfig})`, `encoder_mixers(student)`: BERT-type encoders, both directions linear.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
 from lineament.models.adapters import ADAPTERS, Adapter, adapter_for, attentions, head_shape, sliding_layers
 from lineament.models.cache import StudentCache
+from lineament.models.encoder import build_encoder, encoder_mixers, register_encoders
 from lineament.models.generate import cache_nbytes, write_text
 from lineament.models.load import find_model, load_teacher
 from lineament.models.student import (
@@ -33,6 +35,7 @@ from lineament.models.student import (
 from lineament.models.tiny import tiny, tiny_teacher
 
 register_all()
+register_encoders()
 
 __all__ = [
     "ADAPTERS",
@@ -40,9 +43,11 @@ __all__ = [
     "StudentCache",
     "adapter_for",
     "attentions",
+    "build_encoder",
     "build_student",
     "cache_nbytes",
     "config_for",
+    "encoder_mixers",
     "find_model",
     "head_shape",
     "load_teacher",
@@ -50,6 +55,7 @@ __all__ = [
     "mixers_of",
     "register",
     "register_all",
+    "register_encoders",
     "sliding_layers",
     "student_class",
     "tiny",

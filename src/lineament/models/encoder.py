@@ -178,6 +178,8 @@ def build_encoder(teacher: nn.Module, mixers: Mapping[int, MixerConfig], *, shar
         if isinstance(getattr(module, "config", None), old):
             module.config = config
     student.__class__ = encoder_class(type(teacher))
+    with torch.device("meta"):
+        type(student)(config)  # transformers learns what a class can output (hidden_states) when one is constructed
     like = next(teacher.parameters())
     _attach(student, {n: m.to(device=like.device, dtype=like.dtype).train(teacher.training) for n, m in made.items()})
     return student

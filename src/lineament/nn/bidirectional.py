@@ -1,5 +1,7 @@
 """Linear attention heads of encoders: each token attends to all real tokens of its row."""
 
+from inspect import signature
+
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError, unknown
@@ -31,6 +33,10 @@ class BidirectionalHeads(nn.Module):
         make = FEATURE_MAPS[config.kind]
         if getattr(make, "needs_positions", False):
             raise InputError(f"the map {config.kind} needs positions, which both directions share; choose another map")
+        known = [p.name for p in signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for name in config.options:
+            if name not in known:
+                raise unknown(f"option of the map {config.kind}", name, known)
         self.config, self.root = config, config.key_width**0.25
         self.map_q = make(config.heads, config.key_width, **config.options)
         self.map_k = make(config.key_heads, config.key_width, **config.options)
