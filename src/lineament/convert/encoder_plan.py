@@ -1,0 +1,91 @@
+"""How an encoder is converted, as one frozen value."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, get_type_hints
+
+from lineament._base.errors import InputError, near_miss, unknown
+from lineament.convert.plan import _read, _typed
+from lineament.nn import FEATURE_MAPS
+
+LOSSES = ("attention-kl", "output-mse", "both")
+STARTS = ("orthogonal", "identity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderPlan:
+    """How an encoder is converted; plain JSON values all through.
+
+    Args:
+        map: key of `nn.FEATURE_MAPS`. options: the map's own arguments.
+        start: of Hedgehog's W: "orthogonal" (random directions, the same for queries and keys) or "identity" (as
+            published). At equal steps the first ends at less than half of the divergence (docs/log.md).
+        keep: layers that stay softmax.
+        transfer_loss: "attention-kl" (cross-entropy of the weights minus the teacher's entropy), "output-mse" (error
+            of a layer's output relative to its size) or "both".
+        transfer_steps, transfer_lr: of the maps alone, each layer on the teacher's activations.
+        distil_steps, distil_lr, distil_map_lr: of all layers (and their maps) on the teacher's hidden states,
+            embeddings and similarities. Word and position embeddings stay.
+        transfer_rows, distil_rows: texts per step. length: their longest length in tokens.
+        precision: "auto", "fp32" or "bf16". data: text by name.
+        evaluate_texts, evaluate_length: held-out paragraphs and their longest length in tokens.
+        checkpoint_every: steps.
+
+    Raises:
+        InputError: a field has the wrong type or value.
+    """
+
+    map: str = "hedgehog"
+    options: Mapping[str, Any] = field(default_factory=lambda: {"features": 64})
+    start: str = "orthogonal"
+    keep: tuple[int, ...] = ()
+    transfer_loss: str = "attention-kl"
+    transfer_steps: int = 200
+    transfer_lr: float = 0.1
+    distil_steps: int = 100
+    distil_lr: float = 3e-4
+    distil_map_lr: float = 1e-3
+    transfer_rows: int = 8
+    distil_rows: int = 16
+    length: int = 64
+    precision: str = "auto"
+    data: tuple[str, ...] = ("wiki-sample",)
+    evaluate_texts: int = 256
+    evaluate_length: int = 128
+    seed: int = 0
+    checkpoint_every: int = 25
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for one in fields(self):
+            object.__setattr__(self, one.name, _typed(one.name, getattr(self, one.name), kinds[one.name]))
+        if self.map not in FEATURE_MAPS or getattr(FEATURE_MAPS[self.map], "needs_positions", False):
+            raise unknown("feature map of an encoder", self.map, [name for name in FEATURE_MAPS if name != "cosformer"])
+        for name, known in (("transfer_loss", LOSSES), ("start", STARTS)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        low = {
+            "transfer_steps": 0,
+            "distil_steps": 0,
+            "transfer_rows": 1,
+            "distil_rows": 2,
+            "length": 2,
+            "evaluate_texts": 3,
+            "evaluate_length": 2,
+        }
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise InputError(f"plan field {name} is {getattr(self, name)}; expected at least {least}")
+
+    def change(self, changes: Mapping[str, Any]) -> "EncoderPlan":
+        """Return a plan with some fields changed; texts are read as the field's type."""
+        kinds = get_type_hints(type(self))
+        for name in changes:
+            if name not in kinds:
+                raise InputError(f"an encoder's plan has no field {name!r}.{near_miss(name, kinds)} It has "
+                                 f"{', '.join(kinds)}.")  # fmt: skip
+        return replace(self, **{name: _read(name, value, kinds[name]) for name, value in changes.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "keep": list(self.keep), "data": list(self.data), "options": dict(self.options)}
