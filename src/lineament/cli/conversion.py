@@ -14,7 +14,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def convert(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the student; must not exist.")],
-    plan: Annotated[str, typer.Option(help="A plan by name (`lineament plans`), or a JSON file.")] = "default",
+    plan: Annotated[
+        str, typer.Option(help="A plan by name (`lineament plans`), a JSON file, or encoder for BERT.")
+    ] = "default",
     keep: Annotated[
         str | None,
         typer.Option(help="What stays softmax: none, every:4, 0,7,15, auto:N layers, auto-heads:F of the heads."),
@@ -41,7 +43,12 @@ def convert(
         changes[name] = value
     fields = {"keep": keep, "data": ",".join(data) if data else None, "seed": None if seed is None else str(seed)}
     changes |= {name: value for name, value in fields.items() if value is not None}
-    evidence = room.run(model, room.plan(plan, changes), out, budget=budget, resume=resume)
+    if plan == "encoder":
+        from lineament.convert.encoder import run_encoder
+
+        evidence = run_encoder(model, changes, out, resume=resume)
+    else:
+        evidence = room.run(model, room.plan(plan, changes), out, budget=budget, resume=resume)
     if json:
         print_json(evidence.to_json())
     else:

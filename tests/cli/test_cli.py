@@ -1,0 +1,67 @@
+"""The command line: light to start, one line for a mistake, 0 / 1 / 2 as exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lineament.cli import run
+
+COMMANDS = ["convert", "plans", "inspect", "evaluate", "generate", "papers", "reproduce", "doctor"]
+
+
+def test_help_lists_every_command_and_loads_no_torch():
+    code = "import sys; from lineament.cli import run; run(['--help']); sys.exit('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert all(command in found.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example(command, capsys):
+    assert run([command, "--help"]) == 0
+    assert "Example" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["convert", "/no/such/folder", "-o", "x"], "/no/such/folder"),
+        (["convert", "smollm2", "-o", "x", "--plan", "hedghog"], "Did you mean 'hedgehog'"),
+        (["convert", "smollm2", "-o", "x", "--set", "windw=3"], "Did you mean 'window'"),
+        (["convert", "smollm2", "-o", "x", "--keep", "evry:4"], "Did you mean 'every'"),
+        (["convert", "smollm2", "-o", "x", "--budget", "soon"], "15min"),
+        (["reproduce", "hedgehogg"], "Did you mean 'hedgehog'"),
+        (["papr"], "papers"),
+        (["plans", "--jsn"], "--json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_planned_paper_says_so_with_exit_code_1(capsys):
+    assert run(["reproduce", "atlas"]) == 1
+    assert "planned" in capsys.readouterr().err
+
+
+def test_papers_are_listed_searched_and_shown(capsys):
+    assert run(["papers", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 44
+    assert run(["papers", "linear", "attention"]) == 0
+    assert "hedgehog" in capsys.readouterr().out
+    assert run(["papers", "hedgehog"]) == 0
+    assert "Claim." in capsys.readouterr().out
+
+
+def test_plans_and_doctor_speak_json(capsys):
+    assert run(["plans", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["default"]["mixer"] == "hedgehog-window"
+    assert run(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["extras"]["lora"] == {"peft": True}
