@@ -101,6 +101,18 @@ class Relu(nn.Module):
         return x.relu()
 
 
+class Constant(nn.Module):
+    """`1`: no map at all. What is left is a (gated) running mean of the values, the control a learned map must beat."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.features = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., H, K] to [..., H, 1]."""
+        return x.new_ones(*x.shape[:-1], 1)
+
+
 class T2R(nn.Module):
     """`relu(x W + b)`, learned; W starts orthogonal with random signs, b = 0."""
 
@@ -187,6 +199,7 @@ FEATURE_MAPS = {
     "elu": Elu,
     "t2r": T2R,
     "relu": Relu,
+    "constant": Constant,
     "performer": Performer,
     "taylor": Taylor,
     "cosformer": CosFormer,
