@@ -22,7 +22,8 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "lightning": Lightning,
     "gated-deltanet": DeltaHeads,
     "kda": partial(DeltaHeads, channels=True),
-    **{name: partial(LinearHeads, map=name) for name in FEATURE_MAPS},
+    # a constant map alone would not look at keys at all: it is a control for far parts, not a mixer
+    **{name: partial(LinearHeads, map=name) for name in FEATURE_MAPS if name != "constant"},
 }
 
 
