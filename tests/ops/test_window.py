@@ -56,18 +56,20 @@ def by_steps(x, state, form, **options):
 
 sizes = {
     "T": st.integers(1, 150), "window": st.integers(0, 70), "sinks": st.integers(0, 5), "decay": st.booleans(),
-    "cut": st.integers(0, 150), "seed": st.integers(0, 99),
+    "cut": st.integers(0, 150), "seed": st.integers(0, 99), "outer": st.sampled_from([0, 2]),
 }  # fmt: skip
 
 
 @settings(max_examples=25, deadline=None)
 @given(r=st.integers(1, 3), **sizes)
-def test_blocked_equals_reference_in_outputs_states_and_gradients(T, window, sinks, decay, r, cut, seed):
+def test_blocked_equals_reference_in_outputs_states_and_gradients(
+    T, window, sinks, decay, r, cut, seed, outer
+):
     window += window + sinks == 0
     results = []
     for backend in ("blocked", "reference"):
         x = problem(T, Hq=2 * r, seed=seed, decay=decay, grad=True)
-        options = {"window": window, "sinks": sinks, "backend": backend}
+        options = {"window": window, "sinks": sinks, "backend": backend, "outer": outer}
         cut = min(cut, T - 1)
         first, state = windowed_linear_attention(**at(x, slice(cut)), **options) if cut else (x["v"][:, :0], None)
         rest, state = windowed_linear_attention(**at(x, slice(cut, T)), state=state, **options)
@@ -82,9 +84,9 @@ def test_blocked_equals_reference_in_outputs_states_and_gradients(T, window, sin
 
 @settings(max_examples=20, deadline=None)
 @given(**sizes)
-def test_prefill_equals_chunked_prefill_equals_steps(T, window, sinks, decay, cut, seed):
+def test_prefill_equals_chunked_prefill_equals_steps(T, window, sinks, decay, cut, seed, outer):
     x, cut = problem(T, seed=seed, decay=decay), min(cut, T)
-    options = {"window": window, "sinks": sinks}
+    options = {"window": window, "sinks": sinks, "outer": outer}
     whole, end = windowed_linear_attention(**x, **options)
     parts, state = [], None
     for piece in (slice(0, cut), slice(cut, cut + 1), slice(cut + 1, T)):
@@ -135,6 +137,19 @@ def test_a_scale_of_minus_infinity_is_softmax_on_window_and_sinks(backend, windo
     torch.testing.assert_close(tuple(x[name].grad for name in "qkv"), grads, **EXACT)
     baseline = window_attention(x["q"], x["k"], x["v"], window=window, sinks=sinks, backend=backend)
     torch.testing.assert_close(baseline, expected, **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+@pytest.mark.parametrize("window", [0, 9])
+def test_factors_equal_their_products(backend, window):
+    x = problem(80, decay=True)
+    options = {"window": window, "sinks": window // 4, "backend": backend}
+    o, state = windowed_linear_attention(**x, **options, outer=2)
+    products = {name: (x[name][..., :2, None] * x[name][..., None, 2:]).flatten(-2) for name in ("phi_q", "phi_k")}
+    expected, end = windowed_linear_attention(**{**x, **products}, **options)
+    torch.testing.assert_close((o, state.far), (expected, end.far), **EXACT)
+    with pytest.raises(ValueError, match="both factors need at least one"):
+        windowed_linear_attention(**x, **options, outer=5)
 
 
 def test_a_constant_on_all_logits_and_the_scale_changes_nothing():
@@ -259,7 +274,7 @@ def test_compiled_equals_eager_with_gradients():
     for form in (windowed_linear_attention, compiled):
         for T in (40, 9):
             x = problem(T, decay=True, grad=True)
-            o, state = form(**x, window=7, sinks=2)
+            o, state = form(**x, window=7, sinks=2, outer=2)
             (o.sin().sum() + state.far.sum() + state.keys.sum()).backward()
             results.append((o, *state, *(t.grad for t in x.values())))
     torch.testing.assert_close(results[:2], results[2:], **EXACT)

@@ -17,7 +17,15 @@ from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
 from lineament.ops import window_traced
 from lineament.ops.linear import linear_attention
-from lineament.ops.window_state import WindowCall, WindowState, advanced, empty_state, sink_rows, with_past
+from lineament.ops.window_state import (
+    WindowCall,
+    WindowState,
+    advanced,
+    empty_state,
+    expanded,
+    sink_rows,
+    with_past,
+)
 from lineament.ops.window_step import windowed_step_
 
 __all__ = [
@@ -42,6 +50,7 @@ def windowed_linear_attention(
     window: int,
     sinks: int,
     log_decay: Tensor | None = None,
+    outer: int = 0,
     state: WindowState | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
@@ -64,6 +73,8 @@ def windowed_linear_attention(
         sinks: s >= 0, first tokens of a row that stay exact for ever. With window = sinks = 0 this is pure normalised
             linear attention, log_scale cancels and is not read.
         log_decay: [B, T, Hk], <= 0, in nats.
+        outer: columns of phi_q and phi_k that are the first factor of product features: with A of F' columns the
+            features are all A (F' - A) products of one of the first with one of the rest. 0: columns are features.
         state: the memory before token 0, as an earlier call returned it; rows may have seen unequal numbers of tokens.
         cu_seqlens: [N + 1], for B = 1: token offsets of N packed documents; the state then has N rows.
         backend: "auto", or a key of `BACKENDS`.
@@ -85,7 +96,7 @@ def windowed_linear_attention(
         >>> windowed_linear_attention(q, k, v, one, one, on, window=2, sinks=1)[0].flatten().tolist()[:2]
         [8.0, 6.0]
     """
-    return _attend(q, k, v, phi_q, phi_k, log_scale, window, sinks, log_decay, state, cu_seqlens, backend, False)
+    return _attend(q, k, v, phi_q, phi_k, log_scale, window, sinks, log_decay, state, cu_seqlens, backend, False, outer)
 
 
 def lolcats_attention(
@@ -198,10 +209,11 @@ def _check(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor | None, phi_k: Tensor | None, log_scale: Tensor | None,
     window: int, sinks: int, log_decay: Tensor | None, state: WindowState | None, cu_seqlens: Tensor | None,
-    backend: str, relative: bool,
+    backend: str, relative: bool, outer: int = 0,
 ) -> tuple[Tensor, WindowState]:  # fmt: skip
     if not torch.compiler.is_compiling():  # (traced sizes may be symbols)
         _check(q, k, v, phi_q, phi_k, log_scale, log_decay, cu_seqlens, window, sinks)
+        _check_outer(phi_q, outer)
     (B, T, Hq, K), Hk = q.shape, k.shape[2]
     if phi_q is None or phi_k is None or log_scale is None:
         phi_q, phi_k = q[..., :0], k[..., :0]
@@ -211,7 +223,8 @@ def _attend(
     rows = B if offsets is None else len(offsets) - 1
     if state is None:
         counts = [0] * rows
-        state = empty_state(rows, Hk, K, v.shape[-1], phi_k.shape[-1], window=window, sinks=sinks, like=k)
+        state = empty_state(rows, Hk, K, v.shape[-1], phi_k.shape[-1], window=window, sinks=sinks, like=k,
+                            outer=outer)  # fmt: skip
     else:
         slots = [rows, Hk, window + sinks, K]
         if list(state.keys.shape) != slots:
@@ -233,7 +246,7 @@ def _attend(
             q[here], with_past(keys, past.keys, *at), with_past(values, past.values, *at), phi_q[here],
             with_past(features, past.features, *at), log_scale[here], None if log_decay is None else log_decay[here],
             past.far, sink_rows(keys, past.keys, part.count, sinks), sink_rows(values, past.values, part.count, sinks),
-            window, sinks, part.count, relative,
+            window, sinks, part.count, relative, outer,
         )  # fmt: skip
         o, far = _pure(call) if window + sinks == 0 else run(call)
         outs.append(o.to(v.dtype))
@@ -248,7 +261,12 @@ def _attend(
     return o, WindowState(*(torch.cat(x) for x in zip(*states, strict=True)))
 
 
+def _check_outer(phi_q: Tensor | None, outer: int) -> None:
+    if phi_q is not None and outer and not 0 < outer < phi_q.shape[-1]:
+        raise InputError(f"outer is {outer} and phi_q has {phi_q.shape[-1]} columns; both factors need at least one")
+
+
 def _pure(call: WindowCall) -> tuple[Tensor, Tensor]:
     """No exact token at all: normalised linear attention."""
-    k, v = call.phi_k.transpose(1, 2), call.v.transpose(1, 2)
-    return linear_attention(call.phi_q, k, v, log_decay=call.log_decay, state=call.far)
+    phi_q, phi_k = (expanded(x, call.outer) for x in (call.phi_q, call.phi_k.transpose(1, 2)))
+    return linear_attention(phi_q, phi_k, call.v.transpose(1, 2), log_decay=call.log_decay, state=call.far)

@@ -19,12 +19,13 @@ from lineament.ops.window_blocked import (
     blocks,
     decays,
     forward,
+    scaled,
     split_state,
     spread,
     walk_of,
     weigh,
 )
-from lineament.ops.window_state import WindowCall
+from lineament.ops.window_state import WindowCall, expanded, folded
 
 
 class Gradients(NamedTuple):
@@ -127,9 +128,10 @@ def _far_backward(
     if b.left:
         inner = shares.weights[..., sinks : sinks + b.left].unflatten(1, (-1, r))
         inner = (inner * masks.pairs(b, decay)).flatten(1, 2).to(narrow)
-        grad_phi += torch.bmm(inner, walk.keys(call.phi_k, b.low, b.low + b.left))
+        grad_phi += torch.bmm(inner, expanded(walk.keys(call.phi_k, b.low, b.low + b.left), call.outer))
         clock = _leaving_backward(walk, b, decay, torch.bmm(inner.mT, x.phi.to(narrow)), out)
-    out.phi_q[:, here] = walk.rows_back(grad_phi * x.near)
+    grad_factors = folded(grad_phi, x.factors.to(grad_phi.dtype), call.outer)
+    out.phi_q[:, here] = walk.rows_back(scaled(grad_factors, x.near, call.outer))
     grad_scale = grad_phi.mul_(x.phi).sum(-1, keepdim=True)
     out.log_scale[:, here] = walk.rows_back(grad_scale)[..., 0]
     grad_state = out.state
@@ -153,7 +155,8 @@ def _far_backward(
 def _leaving_backward(walk: Walk, b: Block, decay: Decays | None, grad_phi: Tensor, out: Gradients) -> Tensor | None:
     """Gradients of the keys that leave in the block, given that of phi_k inside it; returns [G, left] for decays."""
     gone, shape, narrow = slice(b.low, b.low + b.left), walk.call.far.shape[:2], walk.narrow
-    phi, v = (walk.keys(x, gone.start, gone.stop) for x in (walk.call.phi_k, walk.call.v))
+    factors, v = (walk.keys(x, gone.start, gone.stop) for x in (walk.call.phi_k, walk.call.v))
+    phi = expanded(factors, walk.call.outer)
     written = phi if decay is None else (phi * decay.end[..., None]).to(narrow)
     grad_sum = out.state.sum.to(narrow)
     out.v[:, :, gone] += torch.bmm(written, grad_sum).unflatten(0, shape)
@@ -161,7 +164,7 @@ def _leaving_backward(walk: Walk, b: Block, decay: Decays | None, grad_phi: Tens
     if decay is not None:
         grad_written = grad_written * decay.end[..., None]
     grad_phi = grad_phi + grad_written
-    out.phi_k[:, :, gone] += grad_phi.unflatten(0, shape)
+    out.phi_k[:, :, gone] += folded(grad_phi, factors.to(grad_phi.dtype), walk.call.outer).unflatten(0, shape)
     return None if decay is None else (grad_phi * phi).sum(-1)
 
 

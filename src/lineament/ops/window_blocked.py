@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lineament.ops.window_reference import common_scale
-from lineament.ops.window_state import WindowCall
+from lineament.ops.window_state import WindowCall, expanded
 
 BLOCK = 64  # queries a block on a CPU: three heads of 64 x 192 logits stay in the second-level cache
 BITS = 1 / math.log(2)  # logits are taken in base 2: torch's exp2 is four times as fast as its exp on a CPU
@@ -143,7 +143,8 @@ class Weights(NamedTuple):
     both: Tensor
     exact: Tensor | None  # kept apart for the backward pass only
     q: Tensor  # [G, C r, K]
-    phi: Tensor  # [G, C r, F], phi_q e^(lambda - c)
+    phi: Tensor  # [G, C r, F], phi_q e^(lambda - c); products multiplied out
+    factors: Tensor  # [G, C r, F'], the same as it came
     near: Tensor  # [G, C r, 1], e^(lambda - c)
     top: Tensor  # [G, C r, 1], which exact logit is the largest; only in the backward pass of the relative form
     keys: Tensor  # [G, s' + L, K]
@@ -166,13 +167,13 @@ def weigh(walk: Walk, b: Block, masks: Masks, decay: Decays | None, apart: bool)
     lift, near = common_scale(top, log_scale + top if call.relative else log_scale, torch.exp2)
     both = logits.sub_(top + lift).exp2_()
     exact = both.clone() if apart and b.left else both if apart else None
-    phi = walk.rows(call.phi_q, b) * near
+    phi = factors = scaled(walk.rows(call.phi_q, b), near, call.outer)
     if b.left and phi.shape[-1]:
         phi_k = walk.keys(call.phi_k, b.low, b.low + b.left)
-        far = torch.bmm(phi.to(walk.narrow), phi_k.mT).unflatten(1, (-1, r))
+        far = products(phi.to(walk.narrow), phi_k, call.outer).unflatten(1, (-1, r))
         shown = both[..., sinks : sinks + b.left].unflatten(1, (-1, r))
         shown.addcmul_(far.to(wide), masks.pairs(b, decay))
-    return Weights(both, exact, q, phi, near, where, keys, values)
+    return Weights(both, exact, q, expanded(phi, call.outer), factors, near, where, keys, values)
 
 
 class State(NamedTuple):
@@ -192,6 +193,7 @@ class State(NamedTuple):
         if not b.left:
             return
         phi, v = (walk.keys(x, b.low, b.low + b.left) for x in (walk.call.phi_k, walk.call.v))
+        phi = expanded(phi, walk.call.outer)
         if decay is not None:
             phi = (phi * decay.end[..., None]).to(phi.dtype)
         if self.sum.dtype == phi.dtype:
@@ -231,6 +233,21 @@ def forward(call: WindowCall, keep: bool) -> tuple[Tensor, Tensor, Tensor, list[
         den[:, b.start : b.stop] = walk.rows_back(total)
     far = torch.cat(state, dim=-1).unflatten(0, call.far.shape[:2])
     return o, den, far, states
+
+
+def scaled(phi: Tensor, near: Tensor, outer: int) -> Tensor:
+    """Multiply features [G, C r, F'] by a number per row; of a product one factor."""
+    if not outer:
+        return phi * near
+    return torch.cat([phi[..., :outer] * near, phi[..., outer:].to(near.dtype)], dim=-1)
+
+
+def products(a: Tensor, b: Tensor, outer: int) -> Tensor:
+    """Return phi_q . phi_k for all pairs, [G, rows of a, rows of b]; factors are never multiplied out."""
+    if not outer:
+        return torch.bmm(a, b.mT)
+    first = torch.bmm(a[..., :outer], b[..., :outer].mT)
+    return first.mul_(torch.bmm(a[..., outer:], b[..., outer:].mT))
 
 
 def spread(x: Tensor, factor: Tensor, r: int) -> Tensor:

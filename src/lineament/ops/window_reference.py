@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lineament.ops.window_state import WindowCall
+from lineament.ops.window_state import WindowCall, expanded
 
 HEADROOM = 40.0  # nats that the far part's logit may raise the common scale above the exact part's largest logit
 CEILING = 100.0  # nats beyond which the far part's logit is cut: the exact part then weighs less than 1e-26
@@ -27,10 +27,12 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
     """Return o [B, T, Hq, V] and the far state after the last token."""
     groups = call.q.shape[2] // call.k.shape[1]
     wide = call.far.dtype
-    q, phi_q = (x.transpose(1, 2).to(wide) for x in (call.q, call.phi_q))
+    phi_q, phi_k = (expanded(x.to(wide), call.outer) for x in (call.phi_q, call.phi_k))
+    q, phi_q = (x.transpose(1, 2).to(wide) for x in (call.q, phi_q))
+    left_k = phi_k
     k, v, phi_k, sink_k, sink_v, far = (
         x.to(wide).repeat_interleave(groups, 1)
-        for x in (call.k, call.v, call.phi_k, call.sink_k, call.sink_v, call.far)
+        for x in (call.k, call.v, phi_k, call.sink_k, call.sink_v, call.far)
     )
     T, window = q.shape[2], call.window
     n = call.count + torch.arange(T, device=q.device)[:, None]
@@ -54,7 +56,7 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
     v1 = torch.nn.functional.pad(torch.cat([sink_v, v], dim=2), (0, 1), value=1.0)
     top_bottom = weight @ v1 + near * clock.exp().to(wide)[..., None] * (phi_q @ far)
     o = top_bottom[..., :-1] / top_bottom[..., -1:]
-    left = decay[:, ::groups, -1, :, None] * call.phi_k.to(wide)
+    left = decay[:, ::groups, -1, :, None] * left_k
     far = clock[:, ::groups, -1].exp().to(wide)[..., None, None] * call.far
     far = far + left.mT @ torch.nn.functional.pad(call.v.to(wide), (0, 1), value=1.0)
     return o.transpose(1, 2), far

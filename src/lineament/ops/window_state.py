@@ -18,7 +18,8 @@ class WindowState(NamedTuple):
         far: [B, Hk, F, V + 1], float32 or wider: sum of phi(k_j) [v_j, 1]^T over the keys that left the window.
         keys: [B, Hk, s + w, K], the exact slots (see the module's first lines).
         values: [B, Hk, s + w, V].
-        features: [B, Hk, s + w, F], phi(k) of the keys still in the window, which they need when they leave.
+        features: [B, Hk, s + w, F'], phi(k) of the keys still in the window, which they need when they leave; in
+            factors where features are products (`expanded`).
         count: [B], int64, tokens seen. Slots at or beyond min(count, s + w) are empty.
     """
 
@@ -32,9 +33,10 @@ class WindowState(NamedTuple):
 class WindowCall(NamedTuple):
     """Rows of one length and one position, as a backend gets them; L = P + T, where P earlier keys stand in front.
 
-    q [B, T, Hq, K]; k [B, Hk, L, K]; v [B, Hk, L, V]; phi_q [B, T, Hq, F]; phi_k [B, Hk, L, F]; log_scale [B, T, Hq];
+    q [B, T, Hq, K]; k [B, Hk, L, K]; v [B, Hk, L, V]; phi_q [B, T, Hq, F']; phi_k [B, Hk, L, F']; log_scale [B, T, Hq];
     log_decay [B, T, Hk] or None; far [B, Hk, F, V + 1]; sink_k [B, Hk, s', K]; sink_v [B, Hk, s', V]. Query t has
-    position count + t and key l has position count - P + l. With F = 0 there is no far part.
+    position count + t and key l has position count - P + l. With F = 0 there is no far part. F' = F, or the columns of
+    both factors where `outer` is not 0.
     """
 
     q: Tensor
@@ -51,16 +53,47 @@ class WindowCall(NamedTuple):
     sinks: int
     count: int
     relative: bool
+    outer: int = 0
 
     @property
     def prefix(self) -> int:
         return self.k.shape[2] - self.q.shape[1]
 
 
+def expanded(phi: Tensor, outer: int) -> Tensor:
+    """Multiply out features given as two factors: the first `outer` columns times all others; 0 changes nothing.
+
+    Example:
+        >>> expanded(torch.tensor([2.0, 3.0, 5.0, 7.0]), 2).tolist()
+        [10.0, 14.0, 15.0, 21.0]
+    """
+    if not outer:
+        return phi
+    return (phi[..., :outer, None] * phi[..., None, outer:]).flatten(-2)
+
+
+def folded(grad: Tensor, phi: Tensor, outer: int) -> Tensor:
+    """Turn the gradient of `expanded(phi, outer)` into that of phi."""
+    if not outer:
+        return grad
+    grad = grad.unflatten(-1, (outer, -1))
+    first = torch.matmul(grad, phi[..., outer:, None])[..., 0]
+    second = torch.matmul(phi[..., None, :outer], grad)[..., 0, :]
+    return torch.cat([first, second], dim=-1)
+
+
+def width_of(columns: int, outer: int) -> int:
+    """Return the number of features that `columns` of phi stand for."""
+    return outer * (columns - outer) if outer else columns
+
+
 def empty_state(
-    rows: int, heads: int, key_width: int, value_width: int, features: int, *, window: int, sinks: int, like: Tensor
-) -> WindowState:
+    rows: int, heads: int, key_width: int, value_width: int, features: int, *, window: int, sinks: int, like: Tensor,
+    outer: int = 0,
+) -> WindowState:  # fmt: skip
     """Return the state before the first token; slots have the dtype of `like`, the far state float32 or wider.
+
+    `features` counts the columns of phi; `outer` of them are the first factor of products.
 
     Example:
         >>> empty_state(2, 3, 8, 8, 16, window=4, sinks=1, like=torch.zeros(())).keys.shape
@@ -69,7 +102,7 @@ def empty_state(
     wide = torch.promote_types(like.dtype, torch.float32)
     slots = window + sinks
     return WindowState(
-        far=torch.zeros(rows, heads, features, value_width + 1, dtype=wide, device=like.device),
+        far=torch.zeros(rows, heads, width_of(features, outer), value_width + 1, dtype=wide, device=like.device),
         keys=like.new_zeros(rows, heads, slots, key_width),
         values=like.new_zeros(rows, heads, slots, value_width),
         features=like.new_zeros(rows, heads, slots, features),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lineament.ops.window_reference import common_scale
-from lineament.ops.window_state import WindowState
+from lineament.ops.window_state import WindowState, expanded
 
 EPS = 1e-6  # in the denominator of pure linear attention, as `linear_attention` has it
 
@@ -26,6 +26,7 @@ def windowed_step_(
     sinks: int,
     log_decay: Tensor | None = None,
     relative: bool = False,
+    outer: int = 0,
 ) -> Tensor:
     """Read one more token and move the state on, in place; the same numbers as `windowed_linear_attention`.
 
@@ -36,6 +37,7 @@ def windowed_step_(
         window, sinks: those the state was made with.
         log_decay: [B, Hk] or None.
         relative: lambda counts from the largest exact logit (the LoLCATs form).
+        outer: as in `windowed_linear_attention`.
 
     Returns:
         o [B, Hq, V] in v's dtype.
@@ -57,9 +59,10 @@ def windowed_step_(
         far.mul_(log_decay.to(wide).exp()[..., None, None])
     counts = count.tolist()
     write = _write_even_ if counts.count(counts[0]) == B else _write_uneven_
-    write(state, k, v, phi_k if reads else None, counts, window, sinks)
+    write(state, k, v, phi_k if reads else None, counts, window, sinks, outer)
     count.add_(1)
     if not slots and phi_q is not None:
+        phi_q = expanded(phi_q, outer)
         out = torch.matmul(phi_q.view(B, Hk, -1, far.shape[2]).to(wide), far)
         return (out[..., :-1] / (out[..., -1:] + EPS)).to(v.dtype).view(B, -1, V)
     logits = torch.bmm(q.reshape(B * Hk, -1, K), keys.view(-1, slots, K).mT).to(wide)
@@ -69,7 +72,7 @@ def windowed_step_(
     if not reads or phi_q is None or log_scale is None:
         weight = torch.softmax(logits, -1).to(v.dtype)
         return torch.bmm(weight, values.view(-1, slots, V)).view(B, -1, V)
-    return _read(logits, phi_q, log_scale, state, relative).to(v.dtype).view(B, -1, V)
+    return _read(logits, expanded(phi_q, outer), log_scale, state, relative).to(v.dtype).view(B, -1, V)
 
 
 def _read(logits: Tensor, phi_q: Tensor, log_scale: Tensor, state: WindowState, relative: bool) -> Tensor:
@@ -93,29 +96,31 @@ def _push_(far: Tensor, phi: Tensor, v: Tensor) -> None:
 
 
 def _write_even_(
-    state: WindowState, k: Tensor, v: Tensor, phi_k: Tensor | None, counts: list[int], window: int, sinks: int
-) -> None:
+    state: WindowState, k: Tensor, v: Tensor, phi_k: Tensor | None, counts: list[int], window: int, sinks: int,
+    outer: int,
+) -> None:  # fmt: skip
     far, keys, values, features, _ = state
     n = counts[0]
     if n >= sinks and not window:
         if phi_k is not None:
-            _push_(far, phi_k, v)
+            _push_(far, expanded(phi_k, outer), v)
         return
     slot = n if n < sinks else sinks + (n - sinks) % window
     value = values.select(2, slot)
     if phi_k is not None:
         feature = features.select(2, slot)
         if n >= sinks + window:
-            _push_(far, feature, value)
+            _push_(far, expanded(feature, outer), value)
         feature.copy_(phi_k)
     keys.select(2, slot).copy_(k)
     value.copy_(v)
 
 
 def _write_uneven_(
-    state: WindowState, k: Tensor, v: Tensor, phi_k: Tensor | None, counts: list[int], window: int, sinks: int
-) -> None:
+    state: WindowState, k: Tensor, v: Tensor, phi_k: Tensor | None, counts: list[int], window: int, sinks: int,
+    outer: int,
+) -> None:  # fmt: skip
     for row, count in enumerate(counts):
         one = WindowState(*(x[row : row + 1] for x in state))
         phi = None if phi_k is None else phi_k[row : row + 1]
-        _write_even_(one, k[row : row + 1], v[row : row + 1], phi, [count], window, sinks)
+        _write_even_(one, k[row : row + 1], v[row : row + 1], phi, [count], window, sinks, outer)

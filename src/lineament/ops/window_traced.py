@@ -21,13 +21,15 @@ Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def windowed_attention(
     q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, log_scale: Tensor, log_decay: Tensor | None,
     far: Tensor, sink_k: Tensor, sink_v: Tensor, window: int, sinks: int, count: int, relative: bool,
+    outer: int,
 ) -> Five:  # fmt: skip
     """The tensors of a `WindowCall` -> o, denominators, the last state, and the states before the blocks, flat.
 
     (As one axis, since a tracer would else ask whether there is just one block.)
     """
     call = WindowCall(
-        q, k, v, phi_q, phi_k, log_scale, log_decay, far, sink_k, sink_v, window, sinks, count, relative
+        q, k, v, phi_q, phi_k, log_scale, log_decay, far, sink_k, sink_v, window, sinks, count, relative,
+        outer,
     )  # fmt: skip
     o, den, last, states = forward(call, keep=True)
     if not states:
@@ -38,10 +40,10 @@ def windowed_attention(
 
 @windowed_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, log_scale: Tensor, log_decay: Tensor | None,
-      far: Tensor, sink_k: Tensor, sink_v: Tensor, window: int, sinks: int, count: int, relative: bool
-      ) -> Five:  # fmt: skip
+      far: Tensor, sink_k: Tensor, sink_v: Tensor, window: int, sinks: int, count: int, relative: bool,
+      outer: int) -> Five:  # fmt: skip
     B, T, Hq, _ = q.shape
-    V, F, G = v.shape[-1], phi_q.shape[-1], far.shape[0] * far.shape[1]
+    V, F, G = v.shape[-1], far.shape[2], far.shape[0] * far.shape[1]
     size = block_size(q.device)
     edges = (T + size - 1) // size
     o, den = v.new_empty(B, T, Hq, V), far.new_empty(B, T, Hq, 1)
@@ -53,12 +55,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, log_scale: 
 @torch.library.custom_op("lineament::windowed_attention_backward", mutates_args=())
 def windowed_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, log_scale: Tensor, log_decay: Tensor | None,
-    far: Tensor, sink_k: Tensor, sink_v: Tensor, window: int, sinks: int, count: int, relative: bool, o: Tensor,
-    den: Tensor, last: Tensor, sums: Tensor, norms: Tensor, grad: Tensor, grad_far: Tensor,
+    far: Tensor, sink_k: Tensor, sink_v: Tensor, window: int, sinks: int, count: int, relative: bool, outer: int,
+    o: Tensor, den: Tensor, last: Tensor, sums: Tensor, norms: Tensor, grad: Tensor, grad_far: Tensor,
 ) -> Ten:  # fmt: skip
     """Gradients of the ten tensors; that of a missing log_decay is empty."""
     call = WindowCall(
-        q, k, v, phi_q, phi_k, log_scale, log_decay, far, sink_k, sink_v, window, sinks, count, relative
+        q, k, v, phi_q, phi_k, log_scale, log_decay, far, sink_k, sink_v, window, sinks, count, relative,
+        outer,
     )  # fmt: skip
     width = (far.shape[0] * far.shape[1], far.shape[2])
     parts = (sums.view(-1, *width, v.shape[-1]), norms.view(-1, *width, 1)) if sums.numel() else ((), ())
@@ -87,7 +90,7 @@ def _rule(ctx: Any, grad: Tensor, _den: Any, grad_far: Tensor, *_states: Any) ->
     grads: list[Any] = list(windowed_attention_backward(*inputs, *ctx.geometry, *outputs, grad, grad_far))
     if inputs[6] is None:
         grads[6] = None
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 windowed_attention.register_autograd(_rule, setup_context=_keep)
