@@ -4,7 +4,8 @@
     python benchmarks/recipes.py --budget 15min --json FILE
 
 Each control changes one thing. The constant map is a gated running mean of the far values: what a learned map must
-beat. A finished student is kept in benchmarks/students and not made again.
+beat. The tuned teacher keeps every head softmax and learns the next token: what the text alone teaches. A finished
+student is kept in benchmarks/students and not made again.
 """
 
 import argparse
@@ -27,6 +28,10 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "window + sinks only": ("default", {"mixer": "softmax-window", "options": {}, "transfer_steps": 0}),
     "placement by position": ("default", {"keep": "every:4"}),
     "no softmax head": ("default", {"keep": "none"}),
+    "teacher tuned on the same tokens": (
+        "default",
+        {"keep": "all", "distil_kl": 0.0, "distil_next": 1.0, "transfer_steps": 0},
+    ),
     "Hedgehog, no window": ("hedgehog", {}),
     "LoLCATs as published": ("lolcats", {}),
 }

@@ -151,6 +151,7 @@ def table(rows):
 def test_keep_rules_choose():
     scores = table([[0.1, 0.0], [0.0, 0.9], [0.2, 0.3], [0.0, 0.0]])
     assert kept_heads(Plan(keep="none"), 4, 2) == {}
+    assert kept_heads(Plan(keep="all"), 2, 2) == {0: (0, 1), 1: (0, 1)}
     assert kept_heads(Plan(keep="every:2"), 4, 2) == {1: (0, 1), 3: (0, 1)}
     assert kept_heads(Plan(keep="0,2"), 4, 2) == {0: (0, 1), 2: (0, 1)}
     assert kept_heads(Plan(keep="auto:1"), 4, 2, scores) == {1: (0, 1)}

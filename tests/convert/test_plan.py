@@ -86,6 +86,7 @@ def test_a_plan_file(tmp_path):
     ("text", "rule"),
     [
         ("none", ("none", ())),
+        ("all", ("all", ())),
         ("every:4", ("every", (4,))),
         ("7, 0,7", ("layers", (0, 7))),
         ("auto:2", ("auto", (2,))),

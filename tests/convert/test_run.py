@@ -16,6 +16,7 @@ from convert_helpers import teacher_folder, text_folder, tiny_llama, tiny_plan, 
 from lineament._base.errors import InputError
 from lineament.convert import Plan, evaluate_folder, inspect, run, write_report
 from lineament.io import open_weights, partial_path
+from lineament.tasks.perplexity import window_nll
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,48 @@ def test_other_plans_run(made, tmp_path, changes):
         resolved = Plan.from_json(json.loads((tmp_path / "student" / "plan.json").read_text()))
         assert resolved.distil_steps >= 2
     assert evidence.name == "conversion"
+
+
+TUNED = {"keep": "all", "distil_kl": 0.0, "distil_next": 1.0, "transfer_steps": 0}
+
+
+def test_a_teacher_can_be_tuned_on_the_same_tokens(made, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    evidence = run(made[0], tiny_plan(made[1], **TUNED, distil_steps=8), tmp_path / "tuned")
+    row = next(row for row in evidence.rows if row["measure"].startswith("perplexity"))
+    assert row["ratio"] < 1  # it was trained on text like that, the teacher is random
+    assert row["state_off"] is None
+    assert row["untrained"] is None
+    assert all(row["ratio"] == 1 for row in evidence.rows if row["measure"].startswith("cache bytes"))
+    tuned, teacher = (AutoModelForCausalLM.from_pretrained(one) for one in (tmp_path / "tuned", made[0]))
+    assert not any(".mixer" in name for name, _ in tuned.named_modules())
+    tokens = torch.randint(3, 200, (1, 40))
+    with torch.no_grad():
+        logits = tuned(tokens).logits
+        assert not torch.equal(logits, teacher(tokens).logits)
+        teacher.load_state_dict(tuned.state_dict())  # the very same architecture
+        torch.testing.assert_close(logits, teacher(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_off_evaluation_goes_on(made, tmp_path, monkeypatch):
+    calls, room = [], sys.modules["lineament.convert.evaluate"]  # the package has a function of that name
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def counted(model, ids, **options):
+        calls.append(ids.shape)
+        return window_nll(model, ids, **options)
+
+    monkeypatch.setattr(room, "cache_bytes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(made[0], tiny_plan(made[1]), tmp_path / "student")
+    monkeypatch.undo()
+    monkeypatch.setattr(room, "window_nll", counted)
+    evidence = run(made[0], tiny_plan(made[1]), tmp_path / "student")
+    assert not calls  # the perplexities were all there
+    assert evidence.rows == made[3].rows
 
 
 def test_a_loaded_model_is_left_alone(tmp_path):

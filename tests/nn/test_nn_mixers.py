@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lineament.nn import BUILDERS, LayerState, MixerConfig, Rows, build, causal_softmax, quiet_log_scale
+from lineament.nn.codes import start_codes
+from lineament.nn.feature_maps import Product
 from lineament.nn.state import leaves
 
 B, T, HQ, HK, K, D = 2, 23, 6, 3, 8, 24
@@ -12,12 +14,15 @@ OPTIONS = {
     "hedgehog": {"temperature": True, "decay": True},
     "kda": {"key_norm": "query"},
 }
-KINDS = sorted(BUILDERS)
+PRODUCT = {"map": "product", "codes": 3, "log_scale": -0.5, "decay": True, "query_scale": True}
+KINDS = [*sorted(BUILDERS), "product-window"]
 
 
 def mixer(kind, full=(), **changes):
     torch.manual_seed(0)
     fields = {"window": 6, "sinks": 2, "options": OPTIONS.get(kind, {}), **changes}
+    if kind == "product-window":
+        kind, fields = "hedgehog-window", {**fields, "options": PRODUCT}
     config = MixerConfig(
         kind=kind, heads=HQ, key_heads=HK, key_width=K, value_width=K, model_width=D, full_heads=full, **fields
     )
@@ -137,6 +142,36 @@ def test_a_layer_of_full_heads_only_has_no_filling():
 def test_a_window_over_everything_is_softmax(kind):
     m, parts = mixer(kind, window=T + 1), problem()
     close(run(m, parts)[0], causal_softmax(*parts[:3]))
+
+
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("kind", ["hedgehog-window", "product-window"])
+@torch.no_grad()
+def test_dense_weights_are_what_the_layer_computes(kind, window):
+    m, (q, k, v, x) = mixer(kind, window=window), problem()
+    rows = torch.tensor([0, 5, 6, 9, T - 1])
+    share = m.filling.log_weights(q[:, rows], k, rows).softmax(-1)
+    o = (share @ v.repeat_interleave(2, 2).transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(o, m(q, k, v, x=x)[0][:, rows], rtol=0, atol=1e-7)
+
+
+@torch.no_grad()
+def test_codes_start_as_attention_to_the_centres_of_clusters():
+    """Keys that are sums of few corners, nine points in all: enough codes for each leave little error."""
+    g = torch.Generator().manual_seed(0)
+    corners = torch.randn(2, 3, 4, generator=g, dtype=torch.float64) * 3
+    pick = torch.randint(3, (2, 400), generator=g)
+    k = torch.cat([corners[0, pick[0]], corners[1, pick[1]]], -1)[:, None]
+    q = torch.randn(400, 2, 8, generator=g, dtype=torch.float64)
+    map_q, map_k = Product(2, 8, codes=32).double(), Product(1, 8, codes=32).double()
+    start_codes(map_q, map_k, q, k)
+    phi_q, total = map_q.factors(q)
+    ours = map_q(q[:50]).transpose(0, 1) @ map_k(k).transpose(0, 1).mT * total[:50].exp().mT[..., None]
+    exact = (q[:50].transpose(0, 1) @ k[:, 0].mT).exp()
+    ours, exact = (w / w.sum(-1, keepdim=True) for w in (ours, exact))
+    even = (exact - 1 / 400).abs().sum(-1).mean()
+    assert (ours - exact).abs().sum(-1).mean() < 0.25 * even
+    assert phi_q.shape == (400, 2, 64)
 
 
 @torch.no_grad()

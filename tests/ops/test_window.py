@@ -62,9 +62,7 @@ sizes = {
 
 @settings(max_examples=25, deadline=None)
 @given(r=st.integers(1, 3), **sizes)
-def test_blocked_equals_reference_in_outputs_states_and_gradients(
-    T, window, sinks, decay, r, cut, seed, outer
-):
+def test_blocked_equals_reference_in_outputs_states_and_gradients(T, window, sinks, decay, r, cut, seed, outer):
     window += window + sinks == 0
     results = []
     for backend in ("blocked", "reference"):

@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lineament._base.errors import InputError
 from lineament.convert.parts import converted
 from lineament.convert.precision import autocast, resolve
+from lineament.convert.scores import Numbers, Scores, model_digest
 from lineament.convert.thresholds import CACHE_CONTEXT, Bar, verdict
 from lineament.data import windows
 from lineament.graph import swapped
@@ -20,12 +23,18 @@ from lineament.report import Evidence
 from lineament.tasks.agreement import agreement
 from lineament.tasks.cost import Speed, cache_bytes, decode_speed, prefill_speed
 from lineament.tasks.haystack import Haystack
-from lineament.tasks.perplexity import bootstrap_ratio, context_gain, gain_kept, perplexity
-from lineament.tasks.retrieval import KINDS, Retrieval, make_prompts, paired_points, score
+from lineament.tasks.perplexity import ContextGain, Perplexity, bootstrap_ratio, gain_kept, window_nll
+from lineament.tasks.retrieval import Retrieval, paired_points, token_ids
+from lineament.tasks.shared_haystack import make_bodies, score_bodies
+from lineament.tasks.templates import KINDS
 
 Row = dict[str, Any]
 RETRIEVAL_LENGTHS = (512, 1024, 4096)
 SPEED_CONTEXTS = {"decode": (128, 2048, 8192, 32768), "prefill": (2048, 4096, 8192)}
+GAIN_LENGTH, GAIN_TAIL = 2048, 512  # of a whole window, and of its end: scored, and read before that for comparison
+FEW_WINDOWS = 4  # fewer make no interval worth the name
+ABLE = 70.0  # percent of answer tokens that a teacher must get right for a comparison to say much
+PAIR = ("student", "teacher")
 LITTLE = 0.005  # a mean gain in perplexity below this is called next to nothing
 COSTS = ("cache bytes", "decode", "prefill")
 CACHE_CONTEXTS = (512, 2048, 8192, CACHE_CONTEXT)
@@ -62,18 +71,22 @@ def evaluate(
     seed: int = 0,
     precision: str = "fp32",
     on_row: Callable[[Row], None] | None = None,
+    folder: Path | None = None,
 ) -> Evidence:
     """Compare a student with its teacher on the same text and prompts.
 
     Args:
         texts: {name: test documents}, never trained on.
         lengths: contexts of the perplexity; each document gives windows of that many tokens.
-        tokens: about how many tokens per text and length. prompts: retrieval prompts per length; 0 = none.
+        tokens: about how many tokens per text and length. prompts: retrieval questions per length, several of them on
+            one text (`tasks.make_bodies`); 0 = none.
         untrained: window + sinks with the same softmax heads and the teacher's weights, the second baseline.
         bar: the goals; None reports without a verdict.
         speed: time decode and prefill too. precision: "fp32", or "bf16" autocast for all models alike; "auto" is bf16
             where that is fast.
         on_row: called with each row as it is measured.
+        folder: keep what each model scored here as soon as it is known, and take from here what is known already of
+            these very models, texts, tokens, prompts, seed and precision. Speed is timed anew.
 
     Returns:
         Evidence whose rows have one measure each: student, teacher, ratio, interval, baselines, goal, verdict.
@@ -81,25 +94,34 @@ def evaluate(
     if not any(any(text.strip() for text in one) for one in texts.values()):
         raise InputError("there is no test text; give --data with more text")
     start, rows = time.perf_counter(), []
-    measure = _Measure(student.eval(), teacher.eval(), tokenizer, untrained, bar, seed)
+    device = next(student.parameters()).device
+    precision = resolve(precision, device)
+    sample = next(text for one in texts.values() for text in one if text.strip())
+    about = {
+        "models": [model_digest(model) for model in (student, teacher, untrained)], "texts": dict(texts),
+        "sample": token_ids(tokenizer, sample), "tokens": tokens, "prompts": prompts, "seed": seed,
+        "precision": precision,
+    }  # fmt: skip
+    scores = Scores(folder, about)
+    measure = _Measure(student.eval(), teacher.eval(), tokenizer, untrained, bar=bar, seed=seed, scores=scores)
     hay = Haystack([text for one in texts.values() for text in one], tokenizer)
     limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     retrieval_lengths = [one for one in retrieval_lengths if limit is None or one <= limit]
-    device = next(student.parameters()).device
-    precision = resolve(precision, device)
     with torch.no_grad(), autocast(precision, device):
         for row in _quality_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, hay):
             rows.append(row)
             if on_row:
                 on_row(row)
-    rows += cost_rows(student, teacher, bar=bar, speed=speed)
+    with torch.no_grad():
+        rows += measure.bytes_and_speed(speed)
     return concluded(rows, bar=bar, seed=seed, seconds=time.perf_counter() - start, precision=precision)
 
 
 def cost_rows(student: nn.Module, teacher: nn.Module, *, bar: Bar | None = None, speed: bool = True) -> list[Row]:
     """Return the rows on bytes of cache and, if asked, on speed: nothing here depends on text or training."""
     with torch.no_grad():
-        return list(_Measure(student.eval(), teacher.eval(), None, None, bar, 0).bytes_and_speed(speed))
+        measure = _Measure(student.eval(), teacher.eval(), None, None, bar=bar, seed=0, scores=Scores(None, {}))
+        return list(measure.bytes_and_speed(speed))
 
 
 def concluded(rows: Sequence[Row], *, bar: Bar | None, seed: int, seconds: float, precision: str) -> Evidence:
@@ -128,22 +150,42 @@ def _quality_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, h
         for length in retrieval_lengths:
             yield from measure.retrieval(length, prompts, hay)
     yield from measure.agreements(texts, tokens)
-    yield from measure.gains(texts, tokens)
+    yield from measure.gains(texts, lengths, tokens)
 
 
 class _Measure:
     """One comparison: the models and how each measure is taken of all of them."""
 
-    def __init__(self, student, teacher, tokenizer, untrained, bar: Bar | None, seed: int) -> None:
+    def __init__(self, student, teacher, tokenizer, untrained, *, bar: Bar | None, seed: int, scores: Scores) -> None:
         self.student, self.teacher, self.tokenizer = student, teacher, tokenizer
-        self.untrained, self.bar, self.seed = untrained, bar, seed
+        self.untrained, self.bar, self.seed, self.scores = untrained, bar, seed, scores
 
-    def _others(self) -> Iterator[tuple[str, Any]]:
-        """Yield the baselines: (name, context manager giving a model or None)."""
-        yield "state_off", state_off(self.student)
-        yield "untrained", nullcontext(self.untrained)
+    def _models(self) -> dict[str, AbstractContextManager[Any]]:
+        """Return every model, as a context manager that gives it or None."""
+        return {
+            "student": nullcontext(self.student), "teacher": nullcontext(self.teacher),
+            "state_off": state_off(self.student), "untrained": nullcontext(self.untrained),
+        }  # fmt: skip
 
-    def _windows(self, documents: Sequence[str], length: int, tokens: int) -> torch.Tensor | None:
+    def _each(
+        self, measure: str, take: Callable[[nn.Module], Numbers], only: Sequence[str] | None = None
+    ) -> dict[str, Numbers]:
+        """Take a measure of every model that is there (or of some), each once."""
+        found = {}
+        models = {name: one for name, one in self._models().items() if only is None or name in only}
+        for name, context in models.items():
+            with context as model:
+                if model is not None:
+                    found[name] = self.scores.once(f"{name} {measure}", partial(take, model))
+        return found
+
+    def _nll(self, name: str, ids: Tensor, *, last: int | None = None, only: Sequence[str] | None = None):
+        """Return {model: negative log likelihood of every scored token, [N, scored]}."""
+        measure = f"nll {name} {len(ids)} x {ids.shape[1]}" + (f" last {last}" if last else "")
+        found = self._each(measure, lambda model: {"nll": window_nll(model, ids, last=last)}, only)
+        return {model: one["nll"] for model, one in found.items()}
+
+    def _windows(self, documents: Sequence[str], length: int, tokens: int) -> Tensor | None:
         """Cut windows of the test documents; None when none is long enough."""
         try:
             return windows(documents, self.tokenizer, length, max_tokens=max(tokens, length))
@@ -157,49 +199,40 @@ class _Measure:
                 if ids is None:
                     yield {"measure": f"perplexity {name} {length}", "note": "no document is long enough"}
                     continue
-                ours, theirs = perplexity(self.student, ids), perplexity(self.teacher, ids)
-                ratio, low, high = bootstrap_ratio(ours, theirs, seed=self.seed)
+                found = {model: Perplexity.of(nll) for model, nll in self._nll(name, ids).items()}
+                ratio, low, high = bootstrap_ratio(found["student"], found["teacher"], seed=self.seed)
                 goal = self.bar.perplexity.get(length) if self.bar else None
-                row = {
-                    "measure": f"perplexity {name} {length}", "student": ours.value, "teacher": theirs.value,
-                    "ratio": ratio, "low": low, "high": high,
+                values = {model: found[model].value if model in found else None for model in self._models()}
+                yield {
+                    "measure": f"perplexity {name} {length}", "student": values.pop("student"),
+                    "teacher": values.pop("teacher"), "ratio": ratio, "low": low, "high": high, **values,
+                    "goal": goal, "verdict": verdict(ratio, goal), "tokens": found["student"].tokens, **_few(ids),
                 }  # fmt: skip
-                for other, context in self._others():
-                    with context as model:
-                        row[other] = None if model is None else perplexity(model, ids).value
-                yield row | {"goal": goal, "verdict": verdict(ratio, goal), "tokens": ours.tokens}
 
     def retrieval(self, length: int, count: int, hay: Haystack) -> Iterator[Row]:
         """Yield one row per kind and one over all kinds for a length."""
-        share = max(1, -(-count // len(KINDS)))
-        found: dict[str, list[Retrieval]] = {}
+        try:
+            bodies = make_bodies(self.tokenizer, length, count, filler=hay, seed=self.seed + 1)
+        except InputError as error:
+            yield {"measure": f"retrieval any kind {length}", "note": str(error)}
+            return
+        taken = self._each(f"retrieval {length}", lambda model: vars(score_bodies(model, bodies)))
+        found = {name: Retrieval(**one) for name, one in taken.items()}
+        asked = [prompt.kind for body in bodies for prompt in body.prompts]
         for kind in KINDS:
-            try:
-                some = make_prompts(self.tokenizer, kind, length, share, filler=hay, seed=self.seed + 1)
-                scored = {name: score(model, some) for name, model in self._models()}
-            except InputError as error:
-                yield {"measure": f"retrieval {kind} {length}", "note": str(error)}
-                return
-            for name, one in scored.items():
-                found.setdefault(name, []).append(one)
-            shown = {name: 100 * one.token_accuracy for name, one in scored.items()}
-            yield {"measure": f"retrieval {kind} {length}", **shown, "prompts": share}
-        yield self._retrieval_total(length, {name: _joined(some) for name, some in found.items()})
-
-    def _models(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield every model that is there: student, teacher, the baselines."""
-        yield from (("student", self.student), ("teacher", self.teacher))
-        for name, context in self._others():
-            with context as model:
-                if model is not None:
-                    yield name, model
+            chosen = torch.tensor([one == kind for one in asked])
+            if chosen.any():
+                shown = _right({name: one.take(chosen) for name, one in found.items()})
+                prompts = {"prompts": int(chosen.sum())}
+                yield {"measure": f"retrieval {kind} {length}", **shown, **prompts, **_weak(shown)}
+        yield self._retrieval_total(length, found) | {"texts": len(bodies)}
 
     def _retrieval_total(self, length: int, found: dict[str, Retrieval]) -> Row:
         gap, low, high = paired_points(found["student"], found["teacher"], seed=self.seed)
-        mean = {name: 100 * one.token_accuracy for name, one in found.items()}
-        prompts = len(found["student"].total)
+        mean, prompts = _right(found), len(found["student"].total)
         row: Row = {
             "measure": f"retrieval {length}", **mean, "lost": -gap, "low": -high, "high": -low, "prompts": prompts,
+            **_weak(mean),
         }  # fmt: skip
         if self.bar is None:
             return row
@@ -213,45 +246,68 @@ class _Measure:
         for name, documents in texts.items():
             ids = self._windows(documents, 1024, tokens // 4)
             if ids is not None:
-                found = agreement(self.student, self.teacher, ids)
-                yield {"measure": f"KL to teacher {name} 1024", "student": found.kl, "teacher": 0.0}
-                yield {"measure": f"same next token {name} 1024", "student": found.top1, "teacher": 1.0}
+                found = self.scores.once(f"agreement {name}", partial(self._agreement, ids))
+                kl, top1 = float(found["kl"]), float(found["top1"])
+                yield {"measure": f"KL to teacher {name} 1024", "student": kl, "teacher": 0.0}
+                yield {"measure": f"same next token {name} 1024", "student": top1, "teacher": 1.0}
 
-    def gains(self, texts, tokens) -> Iterator[Row]:
+    def _agreement(self, ids: Tensor) -> Numbers:
+        found = agreement(self.student, self.teacher, ids)
+        return {name: torch.tensor(getattr(found, name), dtype=torch.float64) for name in ("kl", "top1")}
+
+    def gains(self, texts, lengths, tokens) -> Iterator[Row]:
+        """Yield what context is worth; its long reading is that of the perplexity where that length is measured."""
         for name, documents in texts.items():
-            ids = self._windows(documents, 2048, tokens // 2)
+            ids = self._windows(documents, GAIN_LENGTH, tokens if GAIN_LENGTH in lengths else tokens // 2)
             if ids is None:
                 continue
-            ours, theirs = context_gain(self.student, ids), context_gain(self.teacher, ids)
+            long = self._nll(name, ids, only=PAIR)
+            short = self._nll(name, ids[:, -2 * GAIN_TAIL :], last=GAIN_TAIL, only=PAIR)
+            ours, theirs = (
+                ContextGain(Perplexity.of(short[one]), Perplexity.of(long[one][:, -GAIN_TAIL:])) for one in PAIR
+            )
             share, low, high = gain_kept(ours, theirs, seed=self.seed)
             goal = self.bar.gain if self.bar and theirs.gain > 0 else None
             yield {
                 "measure": f"gain from context {name}", "student": ours.gain, "teacher": theirs.gain,
                 "ratio": share, "low": low, "high": high, "goal": goal, "verdict": verdict(share, goal, at_most=False),
+                **_few(ids),
             }  # fmt: skip
 
     def bytes_and_speed(self, speed: bool) -> Iterator[Row]:
         for context in CACHE_CONTEXTS:
-            ours, theirs = (cache_bytes(model, context) for model in (self.student, self.teacher))
+            found = self._each(f"cache {context}", partial(_cache, context=context), PAIR)
+            ours, theirs = (int(found[name]["bytes"]) for name in PAIR)
             goal = self.bar.cache if self.bar and context == CACHE_CONTEXT else None
             yield {
                 "measure": f"cache bytes {context}", "student": ours, "teacher": theirs, "ratio": ours / theirs,
                 "goal": goal, "verdict": verdict(ours / theirs, goal),
             }  # fmt: skip
-        if not speed:
-            return
-        pair = {"student": self.student, "teacher": self.teacher}
-        for context in SPEED_CONTEXTS["decode"]:
-            yield _speed_row(f"decode tokens/s {context}", decode_speed(pair, context))
-        for length in SPEED_CONTEXTS["prefill"]:
-            yield _speed_row(f"prefill tokens/s {length}", prefill_speed(pair, length))
+        if speed:
+            pair = {"student": self.student, "teacher": self.teacher}
+            for what, time_both in (("decode", decode_speed), ("prefill", prefill_speed)):
+                for length in SPEED_CONTEXTS[what]:
+                    yield _speed_row(f"{what} tokens/s {length}", time_both(pair, length))
 
 
-def _joined(some: Sequence[Retrieval]) -> Retrieval:
-    """Put the scores of several kinds one behind another."""
-    return Retrieval(
-        *(torch.cat([getattr(one, name) for one in some]) for name in ("right", "total", "nll", "distance"))
-    )
+def _cache(model: nn.Module, context: int) -> Numbers:
+    return {"bytes": torch.tensor(cache_bytes(model, context))}
+
+
+def _right(found: Mapping[str, Retrieval]) -> dict[str, float]:
+    return {name: 100 * one.token_accuracy for name, one in found.items()}
+
+
+def _few(ids: Tensor) -> Row:
+    """Say so when an interval rests on next to nothing."""
+    count = len(ids)
+    return {"note": f"only {count} window{'s' * (count > 1)}"} if count < FEW_WINDOWS else {}
+
+
+def _weak(right: Mapping[str, float]) -> Row:
+    """Say so when the teacher can't do what its student is asked for."""
+    found = right["teacher"]
+    return {"note": f"the teacher itself gets only {found:.0f} % right"} if found < ABLE else {}
 
 
 def _speed_row(name: str, speeds: Mapping[str, Speed]) -> Row:

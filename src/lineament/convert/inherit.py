@@ -8,17 +8,24 @@ from torch import Tensor, nn
 
 from lineament.convert.plan import Plan
 from lineament.convert.transfer import LayerPool
-from lineament.nn import MixerConfig, quiet_log_scale
+from lineament.nn import HedgehogWindow, MixerConfig, quiet_log_scale
+from lineament.nn.codes import start_codes
+from lineament.nn.feature_maps import Product
 
 WINDOWED = ("hedgehog-window", "lolcats", "softmax-window")
 
 
-def mixer_configs(plan: Plan, shapes: Mapping[int, Mapping[str, int]], full: Mapping[int, Sequence[int]]):
+def mixer_configs(
+    plan: Plan,
+    shapes: Mapping[int, Mapping[str, int]],
+    full: Mapping[int, Sequence[int]],
+    codes: Mapping[int, int] | None = None,
+) -> dict[int, MixerConfig]:
     """Return {layer: MixerConfig} of every layer that is not wholly kept.
 
     Args:
         shapes: {layer: heads, key_heads, key_width, value_width, model_width} of the layers that may be replaced.
-        full: {layer: key-value heads that stay softmax}.
+        full: {layer: key-value heads that stay softmax}. codes: {layer: codes of its product map}, over the options'.
     """
     layers = max(shapes, default=-1) + 1
     found = {}
@@ -27,6 +34,8 @@ def mixer_configs(plan: Plan, shapes: Mapping[int, Mapping[str, int]], full: Map
         if len(kept) == shape["key_heads"]:
             continue
         options = dict(plan.options)
+        if codes:
+            options["codes"] = codes[layer]
         if plan.mixer == "lightning":
             options = {"layer": layer, "layers": layers, **options}
         found[layer] = MixerConfig(
@@ -37,17 +46,24 @@ def mixer_configs(plan: Plan, shapes: Mapping[int, Mapping[str, int]], full: Map
 
 @torch.no_grad()
 def calibrate(mixer: nn.Module, pool: LayerPool, *, window: int, sinks: int, share: float = 1e-3) -> dict[str, Any]:
-    """Set a fresh mixer's gates and scales from the teacher's queries and keys.
+    """Set a fresh mixer's codes, gates and scales from the teacher's queries and keys.
 
     `hedgehog-window`: the far part's log scale, so that its share stays below `share` everywhere on the pool and
-    the swap alone equals window + sinks. Delta rules with a key length on the query side: the mean length.
+    the swap alone equals window + sinks. With a product map: codebooks from clusters of keys and the scale of softmax
+    itself, so that the far part starts as attention to the clusters' centres. Delta rules with a key
+    length on the query side: the mean length.
 
     Returns:
         What was set, for the log.
     """
     said: dict[str, Any] = {}
     scale = getattr(mixer, "log_scale", None)
-    if isinstance(scale, Tensor):
+    if isinstance(mixer, HedgehogWindow) and isinstance(mixer.map_q, Product) and isinstance(mixer.map_k, Product):
+        q, k = (torch.cat([x[0].float() for x in xs]) for xs in (pool.q, pool.k))
+        start_codes(mixer.map_q, mixer.map_k, q * mixer.root, k / mixer.root)
+        mixer.log_scale.zero_()
+        said["codes"] = mixer.map_k.codes
+    elif isinstance(scale, Tensor):
         per_window = [
             quiet_log_scale(q.float(), k.float(), window=window, sinks=sinks, share=share)
             for q, k in zip(pool.q, pool.k, strict=True)

@@ -7,6 +7,7 @@ from typing import Any
 from lineament.convert.plan import Plan, parse_keep
 
 STATE_BYTES = 4  # states are float32
+SHARE_CONTEXT = 32768  # tokens at which a plan's `state_share` is counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +63,25 @@ def softmax_bytes(info: ModelInfo, context: int, *, number: int = 4) -> int:
 
 
 def state_bytes(info: ModelInfo, plan: Plan, *, number: int = 4) -> int:
-    """Return the bytes of the constant-size state of one converted key-value head."""
+    """Return the bytes of the constant-size state of one converted key-value head (at most, with a `state_share`)."""
     K = info.head_width
+    if plan.state_share:
+        total, kept = (info.layers - len(info.kept_layers)) * info.key_heads, kept_count(info, plan)
+        room = (plan.state_share * total - kept) * softmax_bytes(info, SHARE_CONTEXT, number=number)
+        return max(0, int(room / max(1, total - kept)))
     features = {"hedgehog-window": 2 * K, "hedgehog": 2 * K, "lolcats": 2 * K, "softmax-window": 0, "performer": 2 * K,
                 "cosformer": 2 * K, "taylor": 1 + K + K * K}.get(plan.mixer, K)  # fmt: skip
     if plan.options.get("features"):
         features = 2 * int(plan.options["features"])
+    columns = features
+    if plan.options.get("map") == "product":
+        codes = int(plan.options.get("codes", 16))
+        features, columns = codes * codes, 2 * codes
     normalised = plan.mixer not in ("lightning", "gated-deltanet", "kda")
     state = features * (K + normalised) * STATE_BYTES
     if plan.mixer not in ("hedgehog-window", "lolcats", "softmax-window"):
         return state
-    exact = max(plan.window - 1, 0) * (2 * K + features) + plan.sinks * 2 * K
+    exact = (plan.window + plan.sinks) * (2 * K + columns)
     return state + exact * number
 
 

@@ -12,7 +12,7 @@ from lineament._base.errors import InputError, near_miss
 
 MIXERS = (
     "hedgehog-window", "hedgehog", "lolcats", "softmax-window", "lightning", "gated-deltanet", "kda",
-    "elu", "t2r", "relu", "performer", "taylor", "cosformer",
+    "elu", "t2r", "relu", "performer", "taylor", "cosformer", "product",
 )  # fmt: skip
 LOSSES = ("output-mse", "attention-kl", "both")
 DISTIL = ("lora", "full", "mixers", "none")
@@ -31,14 +31,17 @@ class Plan:
         name, about: what `lineament plans` lists.
         mixer, options: the linear-time mixer (a key of `nn.BUILDERS`) and its own options.
         window, sinks: the tokens attended exactly: the last `window` and the first `sinks` of a document.
-        keep: what stays softmax: "none", "every:4" (layers 3, 7, 11, ...), "0,7,15", "auto:N" layers or
-            "auto-heads:F" of all key-value heads, the last two by the damage table.
+        keep: what stays softmax: "none", "all" (a control: the teacher tuned), "every:4" (layers 3, 7, 11, ...),
+            "0,7,15", "auto:N" layers or "auto-heads:F" of all key-value heads, the last two by the damage table.
+        state_share: share of the teacher's cache at 32k tokens that all of the student's may take; the codes of a
+            product map are then given to layers by their damage. 0: every layer has as many as `options` says.
         damage, damage_tokens, damage_prompts: how that table is made ("measured" head by head, "gates":
             one backward through gates, "both"), on how many calibration tokens and retrieval prompts.
         learns: globs over the names of a mixer's parameters: what transfer may change.
         transfer_loss: "output-mse" (relative, per layer), "attention-kl" (soft-target cross-entropy less the
             teacher's entropy) or "both". transfer_steps, transfer_lengths, transfer_tokens (per step),
-            transfer_lr (maps), transfer_gate_lr (gates, decays, temperatures), transfer_pool (sequences held).
+            transfer_lr (maps), transfer_gate_lr (gates, decays, temperatures), transfer_pool (sequences held),
+            transfer_positions (queries of a sequence that attention-kl compares; 0 = all).
         distil: "lora" (peft, merged before saving; needs the extra lora), "full", "mixers" (only the new
             parts) or "none". distil_kl, distil_next: weights of the KL to the teacher and of the next token.
             distil_retrieval: share of steps that are synthetic retrieval prompts (training templates).
@@ -48,7 +51,7 @@ class Plan:
         extend_steps, extend_lengths: more distillation at greater lengths; 0 steps = none.
         teacher_topk: cache the teacher's k best logits on disk before distillation; 0 = run the teacher.
         budget: None, seconds, or "15min", "1h"; budget_transfer: the share spent on transfer.
-        precision: "auto" takes bf16 autocast (float32 master weights) where bf16 matmuls are fast.
+        precision: "auto" takes bf16 autocast (float32 master weights) where bf16 matmuls were measured to be faster.
         data: names, files or folders for `data.load_text`; calibration_tokens: for gates and scales.
         evaluate_lengths, evaluate_tokens, evaluate_prompts, evaluate_precision: the final
             measurement; 0 tokens = none.
@@ -66,6 +69,7 @@ class Plan:
     window: int = 128
     sinks: int = 4
     keep: str = "auto-heads:0.25"
+    state_share: float = 0.0
     damage: str = "both"
     damage_tokens: int = 8192
     damage_prompts: int = 16
@@ -77,6 +81,7 @@ class Plan:
     transfer_lr: float = 1e-2
     transfer_gate_lr: float = 5e-2
     transfer_pool: int = 24
+    transfer_positions: int = 256
     distil: str = "lora"
     distil_steps: int = 120
     distil_lengths: tuple[int, ...] = (1024, 2048)
@@ -201,12 +206,12 @@ def _range_problems(plan: Plan):
         "distil_tokens": 1, "lora_rank": 1, "teacher_topk": 0, "transfer_pool": 1, "calibration_tokens": 1,
         "damage_tokens": 1, "damage_prompts": 0, "evaluate_tokens": 0, "evaluate_prompts": 0, "checkpoint_every": 1,
         "transfer_lr": 0, "transfer_gate_lr": 0, "distil_lr": 0, "distil_mixer_lr": 0, "distil_gate_lr": 0,
-        "distil_kl": 0, "distil_next": 0, "distil_positions": 0, "seed": 0,
+        "distil_kl": 0, "distil_next": 0, "distil_positions": 0, "transfer_positions": 0, "seed": 0,
     }  # fmt: skip
     for name, low in at_least.items():
         if not getattr(plan, name) >= low:
             yield f"plan field {name} is {getattr(plan, name)}; expected at least {low}"
-    for name in ("distil_retrieval", "budget_transfer"):
+    for name in ("distil_retrieval", "budget_transfer", "state_share"):
         if not 0 <= getattr(plan, name) <= 1:
             yield f"plan field {name} is {getattr(plan, name)}; expected a share from 0 to 1"
     for name in ("transfer_lengths", "distil_lengths", "extend_lengths", "evaluate_lengths"):
@@ -215,6 +220,8 @@ def _range_problems(plan: Plan):
     for name in ("data", "learns"):
         if not getattr(plan, name):
             yield f"plan field {name} is empty; expected at least one name"
+    if plan.state_share and plan.options.get("map") != "product":
+        yield "plan field state_share gives out the codes of a product map; set it to 0 or options.map to product"
     if plan.distil != "none" and plan.distil_steps and not plan.distil_kl + plan.distil_next:
         yield "plan fields distil_kl and distil_next are both 0; nothing would be learned"
     for parse, value in ((parse_keep, plan.keep), (parse_budget, plan.budget)):
@@ -228,15 +235,16 @@ def parse_keep(keep: str) -> tuple[str, tuple[float, ...]]:
     """Read a keep rule.
 
     Returns:
-        ("none", ()), ("every", (n,)), ("layers", (0, 7, ...)), ("auto", (n,)) or ("auto-heads", (share,)).
+        ("none", ()), ("all", ()), ("every", (n,)), ("layers", (0, 7, ...)), ("auto", (n,)) or
+        ("auto-heads", (share,)).
 
     Example:
         >>> parse_keep("every:4"), parse_keep("0,7"), parse_keep("auto-heads:0.25")
         (('every', (4,)), ('layers', (0, 7)), ('auto-heads', (0.25,)))
     """
     text = keep.strip()
-    if text == "none":
-        return "none", ()
+    if text in ("none", "all"):
+        return text, ()
     if match := re.fullmatch(r"(every|auto):(\d+)", text):
         if int(match[2]) < 1 and match[1] == "every":
             raise InputError(f"keep {keep!r}: expected a step of at least 1")
@@ -247,8 +255,8 @@ def parse_keep(keep: str) -> tuple[str, tuple[float, ...]]:
         return "auto-heads", (float(match[1]),)
     if re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
         return "layers", tuple(sorted({int(part) for part in text.split(",")}))
-    miss = near_miss(text.split(":")[0], ("none", "every", "auto", "auto-heads"))
-    raise InputError(f"keep {keep!r} is no rule.{miss} Rules: none, every:4, 0,7,15, auto:N, auto-heads:F")
+    miss = near_miss(text.split(":")[0], ("none", "all", "every", "auto", "auto-heads"))
+    raise InputError(f"keep {keep!r} is no rule.{miss} Rules: none, all, every:4, 0,7,15, auto:N, auto-heads:F")
 
 
 def parse_budget(budget: str | float | None) -> float | None:

@@ -8,14 +8,37 @@ from typing import Any
 from lineament._base.errors import InputError, unknown
 from lineament.convert.plan import Plan
 
+OURS: dict[str, Any] = {  # what both of our plans share
+    "transfer_loss": "attention-kl",
+    "transfer_lr": 3e-2,
+    "distil_lengths": (1024, 2048, 1024, 4096),
+    "distil_positions": 512,
+    "distil_mixer_lr": 3e-3,
+    "distil_gate_lr": 1e-2,
+}
+
 PLANS: dict[str, Plan] = {
     "default": Plan(
         about="Ours: hedgehog-window, the quarter of key-value heads with most damage stays softmax.",
-        options={"query_scale": True},
-        transfer_steps=0,  # distilling all at once from the quiet start does better per minute: docs/log.md
-        distil_lengths=(1024, 2048, 1024, 4096),
-        distil_positions=512,
+        **OURS,
+        options={"map": "product", "codes": 16, "query_scale": True},
+        transfer_lengths=(1024,),
+        transfer_tokens=1024,
+        transfer_pool=32,
         distil_retrieval=0.3,
+    ),
+    "no-softmax": Plan(
+        name="no-softmax",
+        about="Ours without any softmax head: codes given to layers by damage, a cache of 2 % at 32k tokens.",
+        **OURS,
+        options={"map": "product", "query_scale": True},
+        keep="none",
+        state_share=0.02,
+        transfer_steps=200,
+        transfer_tokens=2048,
+        transfer_pool=48,
+        budget_transfer=0.45,
+        distil_retrieval=0.4,
     ),
     "hedgehog": Plan(
         name="hedgehog",

@@ -16,6 +16,7 @@ import torch
 
 from lineament import io
 from lineament._base.errors import InputError
+from lineament.convert.inspect import SHARE_CONTEXT
 from lineament.convert.plan import Plan, parse_keep
 
 SHIPPED = ("smollm2.json",)
@@ -125,6 +126,8 @@ def kept_heads(plan: Plan, layers: int, key_heads: int, table: DamageTable | Non
     whole = tuple(range(key_heads))
     if rule == "none":
         return {}
+    if rule == "all":
+        return dict.fromkeys(range(layers), whole)
     if rule == "every":
         return dict.fromkeys(range(int(numbers[0]) - 1, layers, int(numbers[0])), whole)
     if rule == "layers":
@@ -148,14 +151,65 @@ def kept_heads(plan: Plan, layers: int, key_heads: int, table: DamageTable | Non
     return {layer: tuple(heads) for layer, heads in kept.items()}
 
 
+CODES = (16, 32, 64)  # of a layer's codebooks, when codes are given out by damage
+
+
+def allotted_codes(
+    plan: Plan, shapes: dict[int, dict[str, int]], full: Heads, table: DamageTable
+) -> dict[int, int]:  # fmt: skip
+    """Give every converted layer its codes, so that the whole cache stays within `plan.state_share`.
+
+    A layer's features grow with the square root of what its converted heads are worth, in steps of `CODES`.
+
+    Args:
+        shapes: {layer: key_heads, key_width, value_width, ...} of the layers that may be converted.
+
+    Raises:
+        InputError: the share has no room even for the fewest codes.
+
+    Example:
+        >>> shapes = {i: {"key_heads": 1, "key_width": 8, "value_width": 8} for i in (0, 1)}
+        >>> worth = [[1.0], [9.0]]
+        >>> table = DamageTable(teacher="", window=4, sinks=1, perplexity=worth, kl=worth, retrieval=worth)
+        >>> allotted_codes(Plan(window=4, sinks=1, state_share=0.05), shapes, {}, table)
+        {0: 16, 1: 32}
+    """
+    scores, worth, room = table.scores(), {}, 0.0
+    for layer, shape in shapes.items():
+        whole, kept = SHARE_CONTEXT * (shape["key_width"] + shape["value_width"]), full.get(layer, ())
+        room += whole * (plan.state_share * shape["key_heads"] - len(kept))
+        if rest := [h for h in range(shape["key_heads"]) if h not in kept]:
+            worth[layer] = (math.sqrt(sum(scores[layer][h] for h in rest)), len(rest))
+    found = dict.fromkeys(worth, CODES[0])
+
+    def numbers(codes: dict[int, int]) -> int:
+        return sum(
+            worth[layer][1]
+            * (c * c * (shapes[layer]["value_width"] + 1)
+               + (plan.window + plan.sinks) * (shapes[layer]["key_width"] + shapes[layer]["value_width"] + 2 * c))
+            for layer, c in codes.items()
+        )  # fmt: skip
+
+    if numbers(found) > room:
+        raise InputError(
+            f"state_share {plan.state_share}: the softmax heads, windows and the smallest states need more of the "
+            f"teacher's cache at {SHARE_CONTEXT} tokens; keep fewer heads or raise the share"
+        )
+    steps = sorted((c * c / max(w, 1e-9), layer, c) for layer, (w, _) in worth.items() for c in CODES[1:])
+    for _, layer, codes in steps:
+        if numbers(found | {layer: codes}) <= room:
+            found[layer] = codes
+    return found
+
+
 def exact_part(plan: Plan) -> tuple[int, int]:
     """Return (window, sinks) under which damage is measured: the plan's, or 128 and 4 for mixers without either."""
     return (plan.window, plan.sinks) if plan.window + plan.sinks else (128, 4)
 
 
 def needs_table(plan: Plan) -> bool:
-    """Say whether a plan's keep rule asks for a damage table."""
-    return parse_keep(plan.keep)[0].startswith("auto")
+    """Say whether a plan's keep rule, or the giving out of its codes, asks for a damage table."""
+    return parse_keep(plan.keep)[0].startswith("auto") or plan.state_share > 0
 
 
 def shipped_table(digest: str, *, window: int, sinks: int) -> DamageTable | None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from lineament._base.seeds import seeded
 from lineament.convert import distil as distillation
 from lineament.convert import measure, select
 from lineament.convert import transfer as transferring
-from lineament.convert.budget import Timing, lengths_in_turn, resolve_budget, seconds_per_step
+from lineament.convert.budget import resolve_budget
 from lineament.convert.card import licence_of, model_card
+from lineament.convert.draws import draws, pool_windows
 from lineament.convert.evaluate import evaluate
 from lineament.convert.inherit import calibrate, mixer_configs
 from lineament.convert.inspect import ModelInfo
@@ -29,6 +30,7 @@ from lineament.convert.prompts import MakePrompts, prompt_maker
 from lineament.convert.select import DamageTable, Heads
 from lineament.convert.text import Corpus, Documents, flat, make_corpus, require_length
 from lineament.convert.thresholds import bar_of
+from lineament.convert.warm_up import measure_timing
 from lineament.models.student import build_student
 from lineament.report import Evidence
 
@@ -112,6 +114,14 @@ def _once(path: Path, make: Callable[[], None]) -> None:
     wait_for_all()
 
 
+def settled(job: Job, work: Path) -> Job:
+    """Decide an "auto" precision by a clock, once: a run that goes on must compute as the one before."""
+    path = work / "precision.json"
+    chosen = {name: resolve(getattr(job.plan, name), job.device) for name in ("precision", "evaluate_precision")}
+    _once(path, lambda: io.write_json(path, chosen))
+    return replace(job, plan=job.plan.change(json.loads(path.read_text(encoding="utf-8"))))
+
+
 def damage(job: Job, work: Path, progress: Progress) -> DamageTable | None:
     """Find the damage table that the keep rule needs: shipped, kept from an earlier run, or measured now."""
     plan, path = job.plan, work / "damage.json"
@@ -174,12 +184,13 @@ def kept(job: Job, table: DamageTable | None) -> Heads:
     return {layer: heads for layer, heads in found.items() if layer not in job.info.kept_layers}
 
 
-def inherit(job: Job, full: Heads, work: Path, progress: Progress) -> nn.Module:
-    """Build the student and set its gates from calibration text; the second time, read them back."""
+def inherit(job: Job, full: Heads, table: DamageTable | None, work: Path, progress: Progress) -> nn.Module:
+    """Build the student and set its codes and gates from calibration text; the second time, read them back."""
     progress.stage("inherit", f"{job.plan.mixer} in place of softmax")
     found, plan, path = parts(job.teacher), job.plan, work / "inherit.safetensors"
+    codes = select.allotted_codes(plan, found.shapes, full, table) if plan.state_share and table else None
     with seeded(plan.seed):
-        student = build_student(job.teacher, mixer_configs(plan, found.shapes, full)).eval()
+        student = build_student(job.teacher, mixer_configs(plan, found.shapes, full, codes)).eval()
     fillings = _fillings(student)
 
     def make() -> None:
@@ -232,7 +243,7 @@ def resolved(job: Job, student: nn.Module, work: Path, progress: Progress) -> Pl
         plan, timing = job.plan, None
         if plan.budget is not None:
             progress.stage("warm-up", f"how much fits into {plan.budget}")
-            timing = _timing(job, student)
+            timing = measure_timing(job, student)
             plan = resolve_budget(plan, timing)
             progress.note(f"{plan.transfer_steps} transfer steps per layer, {plan.distil_steps} distillation steps")
         io.write_json(path, {"plan": plan.to_json(), "timing": timing.to_json() if timing else None})
@@ -241,62 +252,8 @@ def resolved(job: Job, student: nn.Module, work: Path, progress: Progress) -> Pl
     return Plan.from_json(json.loads(path.read_text(encoding="utf-8"))["plan"])
 
 
-def _timing(job: Job, student: nn.Module) -> Timing:
-    from lineament.convert.progress import Clock
-
-    plan, found = job.plan, parts(job.teacher)
-    fillings = {layer: one for layer, one in _fillings(student).items() if list(one.parameters())}
-    pool_seconds = transfer_step = distil_step = 0.0
-
-    def cast() -> Any:
-        return autocast(job.precision, job.device)
-
-    if plan.transfer_steps and fillings:
-        rows = max(1, plan.transfer_tokens // min(plan.transfer_lengths))
-        windows = pool_windows(job)
-        clock, first = Clock(), min(fillings)
-        pools = transferring.pooled_layers(
-            job.teacher, found.layers, found.attentions, windows[:rows], full_heads=_full(student),
-            precision=job.precision, last=first,
-        )  # fmt: skip
-        layer, pool = list(pools)[-1]
-        pool_seconds = clock.seconds() / (first + 1) / rows * len(windows) * (max(fillings) + 1)
-        one = seconds_per_step(
-            fillings[layer], transferring.transfer_loss(plan.transfer_loss), transferring.pool_batches(pool, plan),
-            context=cast, steps=lengths_in_turn(plan.transfer_lengths),
-        )  # fmt: skip
-        transfer_step = one * len(fillings)
-    if plan.distil != "none" and plan.distil_steps:
-        model = distillation.learners(student, plan, lora_targets(student, plan.lora_targets))
-        model.train()
-        teacher = distillation.Teacher(job.teacher, job.precision)
-        distil_step = seconds_per_step(
-            model, distillation.make_loss(teacher, plan), _draw(job, plan.distil_lengths), context=cast,
-            steps=lengths_in_turn(plan.distil_lengths),
-        )  # fmt: skip
-        distillation.unwrapped(model).eval()
-    return Timing(pool=pool_seconds, transfer_step=transfer_step, distil_step=distil_step)
-
-
 def _full(student: nn.Module) -> Heads:
     return {mixer.layer: tuple(mixer.config.full_heads) for mixer in converted(student).values()}
-
-
-def pool_windows(job: Job) -> list[Tensor]:
-    """Return the windows of the transfer pool: training text, and a share of retrieval prompts."""
-    plan = job.plan
-    length = max(plan.transfer_lengths)
-    asked = round(plan.distil_retrieval * plan.transfer_pool)
-    windows = [job.corpus("train").batch(step, length, 1) for step in range(plan.transfer_pool - asked)]
-    if asked:
-        windows += list(job.prompts("train")(length, asked, 0)[0].split(1))
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(plan.seed)).tolist()
-    return [windows[one] for one in order]
-
-
-def _draw(job: Job, lengths: Sequence[int], offset: int = 0) -> distillation.Batches:
-    prompts = job.prompts("train") if job.plan.distil_retrieval else None
-    return distillation.batches(job.plan, job.corpus("train"), prompts, lengths, offset=offset)
 
 
 def transfer_all(job: Job, student: nn.Module, work: Path, progress: Progress) -> None:
@@ -307,12 +264,14 @@ def transfer_all(job: Job, student: nn.Module, work: Path, progress: Progress) -
         return
     progress.stage("transfer", f"{len(fillings)} layers, {plan.transfer_steps} steps each, {plan.transfer_loss}")
 
+    windows, answers = pool_windows(job)
+
     def said(layer: int, numbers: dict[str, float]) -> None:
         progress.note(f"layer {layer}: relative error {numbers['before']:.4f} -> {numbers['after']:.4f}")
 
     transferring.transfer(
-        job.teacher, found.layers, found.attentions, fillings, pool_windows(job), plan, work / "transfer",
-        full_heads=_full(student), precision=job.precision, on_layer=said,
+        job.teacher, found.layers, found.attentions, fillings, windows, plan, work / "transfer",
+        full_heads=_full(student), precision=job.precision, answers=answers, on_layer=said,
     )  # fmt: skip
     student.to(job.device)  # training may have moved the mixers to an accelerator
 
@@ -336,7 +295,7 @@ def distil_all(job: Job, student: nn.Module, work: Path, progress: Progress) -> 
             progress.stage(
                 name, f"{count} steps at {'/'.join(map(str, lengths))} tokens, {plan.distil}, {job.precision}"
             )
-            draw = _draw(job, lengths, offset)
+            draw = draws(job, lengths, offset)
             distillation.distil(model, teacher, plan, draw, count, work / name, precision=job.precision)
         offset += count
     if cache is not None:
@@ -361,7 +320,7 @@ def evaluation(job: Job, student: nn.Module, full: Heads, work: Path, progress: 
             io.write_json(path, _unmeasured(plan).to_json())
             return
         untrained = None
-        if plan.window + plan.sinks and plan.mixer != "softmax-window":
+        if converted(student) and plan.window + plan.sinks and plan.mixer != "softmax-window":
             bare = plan.change({"mixer": "softmax-window", "options": {}})
             untrained = build_student(job.teacher, mixer_configs(bare, parts(job.teacher).shapes, full), share=True)
         limit = job.info.positions or max(plan.evaluate_lengths)
@@ -369,7 +328,7 @@ def evaluation(job: Job, student: nn.Module, full: Heads, work: Path, progress: 
             student, job.teacher, job.tokenizer, texts=job.documents["test"], untrained=untrained, bar=bar_of(plan),
             lengths=[n for n in plan.evaluate_lengths if n <= limit], tokens=plan.evaluate_tokens,
             prompts=plan.evaluate_prompts, seed=plan.seed, precision=plan.evaluate_precision,
-            on_row=lambda row: progress.note(say_row(row)),
+            on_row=lambda row: progress.note(say_row(row)), folder=work / "scores",
         )  # fmt: skip
         io.write_json(path, evidence.to_json())
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lineament import io
 from lineament._base.errors import InputError
+from lineament._base.seeds import generator
 from lineament.convert.plan import Plan
 from lineament.convert.precision import autocast
 from lineament.convert.probe import Call, probing
@@ -124,11 +125,20 @@ def output_weight(attention: nn.Module, full: Sequence[int], key_heads: int) -> 
     return per_head[[head for head in range(key_heads) if head not in full]].flatten(0, 1).contiguous()
 
 
-def attention_kl(mixer: nn.Module, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+def attention_kl(
+    mixer: nn.Module, q: Tensor, k: Tensor, x: Tensor, rows: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Return the mean KL from the teacher's attention rows to the mixer's, in nats.
 
-    The mixer's weights are read off by giving it the identity as values, which any normalised mixer allows.
+    A mixer with `log_weights` is asked for the rows alone. Else its weights are read off by giving it the identity as
+    values, which any normalised mixer allows.
+
+    Args:
+        rows: [R] positions of the queries that count; None for all. weight: [B, R] of each in the mean.
     """
+    if hasattr(mixer, "log_weights"):
+        rows = torch.arange(q.shape[1], device=q.device) if rows is None else rows
+        return _row_kl(mixer, q[:, rows], k, rows, weight)
     T, group = q.shape[1], q.shape[2] // k.shape[2]
     identity = torch.eye(T, dtype=q.dtype, device=q.device)[None, :, None].expand(q.shape[0], T, k.shape[2], T)
     ours = mixer(q, k, identity, x=x)[0].float().transpose(1, 2)
@@ -140,6 +150,21 @@ def attention_kl(mixer: nn.Module, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         entropy = -(teacher * log_teacher.masked_fill(future, 0.0)).sum(-1)
     cross = -(teacher * ours.clamp_min(1e-9).log().masked_fill(future, 0.0)).sum(-1)
     return (cross - entropy).mean()
+
+
+def _row_kl(mixer: nn.Module, q: Tensor, k: Tensor, rows: Tensor, weight: Tensor | None) -> Tensor:
+    """Compare dense rows of log weights, [B, Hq, R, T]."""
+    ours = mixer.log_weights(q, k, rows).log_softmax(-1)  # pyright: ignore[reportCallIssue]
+    with torch.no_grad():
+        future = torch.arange(k.shape[1], device=k.device) > rows[:, None]
+        wide = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2).transpose(1, 2)
+        logits = (q.transpose(1, 2) @ wide.mT).float().masked_fill(future, -torch.inf)
+        teacher = logits.log_softmax(-1)
+    gap = (teacher - ours).masked_fill(future, 0.0)
+    per_row = (teacher.exp() * gap).sum(-1).mean(1)
+    if weight is None:
+        return per_row.mean()
+    return (per_row * weight).sum() / weight.sum().clamp_min(1e-6)
 
 
 def transfer_loss(
@@ -158,15 +183,42 @@ def transfer_loss(
             error = relative_error(output, batch["target"], out, min(first, batch["q"].shape[1] // 2))
             total, numbers["error"] = total + error, float(error.detach())
         if kind in ("attention-kl", "both"):
-            divergence = attention_kl(mixer, batch["q"], batch["k"], batch["x"])
+            divergence = attention_kl(mixer, batch["q"], batch["k"], batch["x"], batch.get("rows"), batch.get("weight"))
             total, numbers["attention_kl"] = total + divergence, float(divergence.detach())
         return total, numbers
 
     return loss
 
 
-def pool_batches(pool: LayerPool, plan: Plan) -> Callable[[int], dict[str, Tensor]]:
-    """Return the batch of a step: rows of the pool in turn, cut to the step's length."""
+ANSWER_WEIGHT = 16.0  # a query that looks for an answer counts as this many others
+
+
+def scored_rows(plan: Plan, answers: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Draw the queries that attention-kl compares: all that look for an answer, others beyond the window at random.
+
+    Args:
+        answers: bool [B, T], tokens of answers; the query before each looks for it.
+
+    Returns:
+        rows [R] ascending, and their weights [B, R].
+    """
+    length = answers.shape[1]
+    looks = torch.nn.functional.pad(answers[:, 1:], (0, 1))
+    lots = torch.rand(length, generator=generator(plan.seed * 6007 + step)) + looks.any(0)
+    lots[: min(plan.window, length // 2)] -= 2
+    count = plan.transfer_positions or length
+    rows = lots.topk(min(count, length - min(plan.window, length // 2))).indices.sort().values
+    return rows, torch.where(looks[:, rows], ANSWER_WEIGHT, 1.0)
+
+
+def pool_batches(
+    pool: LayerPool, plan: Plan, answers: Sequence[Tensor] | None = None
+) -> Callable[[int], dict[str, Tensor]]:
+    """Return the batch of a step: rows of the pool in turn, cut to the step's length.
+
+    Args:
+        answers: bool [1, T] for each window of the pool, True on tokens of answers; None for none.
+    """
 
     def batch(step: int) -> dict[str, Tensor]:
         longest = pool.q[0].shape[1]
@@ -176,7 +228,12 @@ def pool_batches(pool: LayerPool, plan: Plan) -> Callable[[int], dict[str, Tenso
         turn = step // len(plan.transfer_lengths) * rows + step % len(plan.transfer_lengths)
         chosen = [(turn + one) % len(pool.q) for one in range(rows)]
         names = ("q", "k", "v", "target", "x")
-        return {name: torch.cat([getattr(pool, name)[row][:, :length] for row in chosen]) for name in names}
+        found = {name: torch.cat([getattr(pool, name)[row][:, :length] for row in chosen]) for name in names}
+        if plan.transfer_loss == "output-mse":
+            return found
+        asked = [answers[row][:, :length] if answers else torch.zeros(1, length, dtype=torch.bool) for row in chosen]
+        found["rows"], found["weight"] = scored_rows(plan, torch.cat(asked), step)
+        return found
 
     return batch
 
@@ -207,13 +264,15 @@ def transfer(
     *,
     full_heads: Mapping[int, Sequence[int]],
     precision: str,
+    answers: Sequence[Tensor] | None = None,
     on_layer: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[int, dict[str, float]]:
     """Train every mixer on the teacher's activations, layer by layer; a layer that is done is not done again.
 
     Args:
         model, layers, attentions: the teacher. mixers: {layer: filling}, trained in place.
-        windows: the pool, [1, T] ids each. folder: takes one file per finished layer.
+        windows: the pool, [1, T] ids each. answers: where their answers stand, bool [1, T] each.
+        folder: takes one file per finished layer.
 
     Returns:
         {layer: {"before": relative error, "after": relative error}}.
@@ -231,7 +290,7 @@ def transfer(
     for layer, pool in pools:
         if layer not in todo:
             continue
-        mixer, batches = mixers[layer], pool_batches(pool, plan)
+        mixer, batches = mixers[layer], pool_batches(pool, plan, answers)
         _let_learn(mixer, plan.learns)
         full = full_heads.get(layer, ())
         out = output_weight(attentions[layer], full, len(full) + pool.k[0].shape[2])

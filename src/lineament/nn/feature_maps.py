@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError, unknown
+from lineament.ops.window_state import expanded
+
+DEPTH = 30.0  # nats
 
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -77,6 +80,58 @@ class Hedgehog(nn.Module):
         if self.form == "joint":
             return torch.cat([2 * y, -2 * y], dim=-1).softmax(-1).to(x.dtype)
         return torch.stack([y, -y], dim=-2).softmax(-1).flatten(-2).to(x.dtype)
+
+
+class Product(nn.Module):
+    """Two learned codebooks multiplied out, `phi(x) = softmax(x A + a) (x) softmax(x B + b)`: C^2 features.
+
+    A key falls into one of C^2 cells, a query reads the cells it would look at. With e^(sum of both log sums) as the
+    scale of a query, `phi(q).phi(k)` is exactly `e^(q . c(k))` where keys fall into their cells wholly (c: the cell's
+    centre), so the far part starts on softmax's own scale. `nn.codes.start_codes` sets the codebooks from sample keys.
+
+    Args:
+        heads: H. width: K. codes: C of each book.
+
+    Example:
+        >>> Product(2, 4, codes=3)(torch.randn(1, 5, 2, 4)).sum(-1).allclose(torch.tensor(1.0))
+        True
+    """
+
+    def __init__(self, heads: int, width: int, *, codes: int = 16) -> None:
+        super().__init__()
+        if codes < 1:
+            raise InputError(f"codes={codes}; a codebook needs at least one code")
+        self.codes, self.features = codes, codes * codes
+        self.weight = nn.Parameter(torch.empty(heads, width, 2 * codes))
+        self.bias = nn.Parameter(torch.empty(heads, 2 * codes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the codes, zero the biases."""
+        with torch.no_grad():
+            self.weight.normal_(std=self.weight.shape[1] ** -0.25)
+            self.bias.zero_()
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map [..., H, K] to both factors side by side [..., H, 2 C], and the sum of both log sums [..., H]."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        parts, total = code_shares(per_head(x, self.weight.to(x.dtype)).to(wide) + self.bias.to(wide), self.codes)
+        return parts.to(x.dtype), total
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., H, K] to [..., H, C^2]."""
+        return expanded(self.factors(x)[0], self.codes)
+
+
+def code_shares(y: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """Return softmax of both halves of y [..., 2 C], side by side, and the sum of their log sums [...].
+
+    Logits lower than the top by more than `DEPTH` are cut: shares below 1e-13 are denormal once multiplied.
+    """
+    y = y.unflatten(-1, (2, codes))
+    y = torch.maximum(y, y.detach().amax(-1, keepdim=True) - DEPTH)
+    total = y.logsumexp(-1, keepdim=True)
+    return (y - total).exp().flatten(-2), total.sum((-2, -1))
 
 
 class Elu(nn.Module):
@@ -196,6 +251,7 @@ class CosFormer(nn.Module):
 
 FEATURE_MAPS = {
     "hedgehog": Hedgehog,
+    "product": Product,
     "elu": Elu,
     "t2r": T2R,
     "relu": Relu,

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from lineament._base.errors import unknown
 from lineament.nn.config import MixerConfig
-from lineament.nn.feature_maps import FEATURE_MAPS, Hedgehog
+from lineament.nn.feature_maps import FEATURE_MAPS, Hedgehog, Product, code_shares
 from lineament.nn.folded import Folded, fold_gates
 from lineament.nn.state import State, widened
 from lineament.ops.window import lolcats_attention, lolcats_step_, windowed_linear_attention, windowed_step_
 
+TINY = 1e-30  # under a logarithm
 QUIET = -12.0  # log scale of an uncalibrated far part, in nats beside logits of order 1: a no-op to four digits
 
 
@@ -30,7 +31,7 @@ class HedgehogWindow(nn.Module):
 
     Args:
         config: the shape. map: a key of `FEATURE_MAPS` (not cosformer). features, form, bias, temperature: the
-            map's own (see `Hedgehog`).
+            map's own (see `Hedgehog`). codes: of the map "product", whose lambda counts from its own log sums.
         key_gate: learn `g(k) = e^{w.k + b}` per key head (w = b = 0 at the start).
         query_scale: learn lambda per query, `u.q + b` (u = 0 at the start), not only b per head.
         decay: learn one log decay per key head for the far state.
@@ -46,6 +47,7 @@ class HedgehogWindow(nn.Module):
         features: int | None = None,
         temperature: bool = True,
         bias: bool = False,
+        codes: int = 16,
         key_gate: bool = True,
         query_scale: bool = False,
         decay: bool = False,
@@ -56,7 +58,8 @@ class HedgehogWindow(nn.Module):
         if map == "cosformer" or map not in FEATURE_MAPS:
             raise unknown("feature map of a window's far part", map, [m for m in FEATURE_MAPS if m != "cosformer"])
         own = {"features": features, "form": form, "temperature": temperature, "bias": bias}
-        own = own if map == "hedgehog" else {}
+        own = own if map == "hedgehog" else {"codes": codes} if map == "product" else {}
+        self.outer = codes if map == "product" else 0
         K, Hq, Hk = config.key_width, config.heads, config.key_heads
         self.map_q, self.map_k = FEATURE_MAPS[map](Hq, K, **own), FEATURE_MAPS[map](Hk, K, **own)
         self.root = K**0.25
@@ -65,7 +68,7 @@ class HedgehogWindow(nn.Module):
         self.gate_key = nn.Parameter(torch.empty(Hk, K)) if key_gate else None
         self.gate_bias = nn.Parameter(torch.empty(Hk)) if key_gate else None
         self.decay = nn.Parameter(torch.empty(Hk)) if decay else None
-        self._folds = isinstance(self.map_q, Hedgehog) and form == "softmax"
+        self._folds = map == "product" or (isinstance(self.map_q, Hedgehog) and form == "softmax")
         self._folded = Folded()
         self.reset_parameters()
 
@@ -81,11 +84,15 @@ class HedgehogWindow(nn.Module):
 
     def gates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return phi(q), g(k) phi(k), lambda [.., Hq] and the log decay [.., Hk] (or None)."""
-        phi_q, phi_k = self.map_q(q * self.root), self.map_k(k / self.root)
+        log_scale = self.log_scale
+        if isinstance(self.map_q, Product) and isinstance(self.map_k, Product):
+            phi_q, total = self.map_q.factors(q * self.root)
+            phi_k, log_scale = self.map_k.factors(k / self.root)[0], log_scale + total
+        else:
+            phi_q, phi_k = self.map_q(q * self.root), self.map_k(k / self.root)
         if self.gate_key is not None and self.gate_bias is not None:
             gate = ((widened(k) * self.gate_key).sum(-1) + self.gate_bias).exp()
-            phi_k = phi_k * gate[..., None].to(phi_k.dtype)
-        log_scale = self.log_scale
+            phi_k = self._gated(phi_k, gate)
         if self.scale_query is not None:
             log_scale = log_scale + (widened(q) * self.scale_query).sum(-1)
         log_decay = None
@@ -93,26 +100,66 @@ class HedgehogWindow(nn.Module):
             log_decay = -nn.functional.softplus(widened(self.decay)).expand(k.shape[:-1])
         return phi_q, phi_k, log_scale, log_decay
 
+    def _gated(self, phi_k: Tensor, gate: Tensor) -> Tensor:
+        """Multiply a key's features by its gate; of a product one factor."""
+        gate = gate[..., None].to(phi_k.dtype)
+        if not self.outer:
+            return phi_k * gate
+        return torch.cat([phi_k[..., : self.outer] * gate, phi_k[..., self.outer :]], dim=-1)
+
+    def log_weights(self, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+        """Return the log of every weight before division, dense: what a transfer compares with the teacher's logits.
+
+        Args:
+            q: [B, R, Hq, K], scaled queries at the positions `rows` [R]. k: [B, T, Hk, K].
+
+        Returns:
+            [B, Hq, R, T], -inf in the future.
+        """
+        phi_q, phi_k, log_scale, log_decay = self.gates(q, k)
+        groups, n = q.shape[2] // k.shape[2], torch.arange(k.shape[1], device=k.device)
+        q, k, phi_q, phi_k = (x.transpose(1, 2) for x in (q, k, phi_q, phi_k))
+        k, phi_k = (x.repeat_interleave(groups, 1) for x in (k, phi_k))
+        near = widened(q @ k.mT)
+        if self.outer:
+            halves = zip(phi_q.split(self.outer, -1), phi_k.split(self.outer, -1), strict=True)
+            far = sum(widened(a @ b.mT).clamp_min(TINY).log() for a, b in halves)
+        else:
+            far = widened(phi_q @ phi_k.mT).clamp_min(TINY).log()
+        far = far + widened(log_scale.expand(*q.shape[:1], q.shape[2], q.shape[1])).transpose(1, 2)[..., None]
+        age = rows[:, None] - n
+        if log_decay is not None:
+            per_head = log_decay[:, :1].repeat_interleave(groups, 2).transpose(1, 2)[..., None]
+            far = far + per_head * (age - self.config.window).clamp_min(0)
+        exact = (age < self.config.window) | (n < self.config.sinks)
+        return torch.where(exact, near, far).masked_fill(age < 0, -torch.inf)
+
     def step_gates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return what `gates` does for one token, q [B, Hq, K] and k [B, Hk, K], by one product."""
-        watched = (self.log_scale, self.map_q.weight, self.map_k.weight, self.gate_key, self.decay)
+        watched = tuple(self.parameters())
         weight, bias, log_decay = self._folded.get(watched, self._fold)
-        heads, width = q.shape[1], weight.shape[2] - 1
+        heads, key_heads, width = q.shape[1], k.shape[1], weight.shape[2] - 1
         y = torch.baddbmm(bias, torch.cat((q, k), 1).transpose(0, 1).to(weight.dtype), weight).transpose(0, 1)
         half, gate = y.narrow(2, 0, width), y.select(2, width)
-        phi = torch.stack((half, half.neg()), 2).softmax(-1).flatten(2)
-        phi_k = phi.narrow(1, heads, k.shape[1])
+        log_scale = gate.narrow(1, 0, heads)
+        if self.outer:
+            phi, total = code_shares(half, self.outer)
+            log_scale = log_scale + total.narrow(1, 0, heads)
+        else:
+            phi = torch.stack((half, half.neg()), 2).softmax(-1).flatten(2)
+        phi_k = phi.narrow(1, heads, key_heads)
         if self.gate_key is not None:
-            phi_k = phi_k * gate.narrow(1, heads, k.shape[1]).exp().unsqueeze(-1)
+            phi_k = self._gated(phi_k, gate.narrow(1, heads, key_heads).exp())
         decay = log_decay.expand(k.shape[:-1]) if self.decay is not None else None
-        return phi.narrow(1, 0, heads), phi_k, gate.narrow(1, 0, heads), decay
+        return phi.narrow(1, 0, heads), phi_k, log_scale, decay
 
     def _fold(self) -> tuple[Tensor, Tensor, Tensor]:
         q, k = self.map_q, self.map_k
-        none_q, none_k = self.log_scale.new_zeros(q.shape[:2]), self.log_scale.new_zeros(k.shape[:2])
+        none_q, none_k = (self.log_scale.new_zeros(m.weight.shape[:2]) for m in (q, k))
         factors, biases = [], []
         for m, root in ((q, self.root), (k, 1 / self.root)):
-            heat = widened(self.log_scale.new_ones(m.shape[0]) if m.temperature is None else m.temperature.exp())
+            temperature = getattr(m, "temperature", None)
+            heat = widened(self.log_scale.new_ones(m.weight.shape[0]) if temperature is None else temperature.exp())
             factors.append(heat * root)
             biases.append(None if m.bias is None else widened(m.bias) * heat[:, None])
         weight, bias = fold_gates(
@@ -139,13 +186,14 @@ class HedgehogWindow(nn.Module):
         if cu_seqlens is None and stepping(q.shape[1], state):
             q, k, v = q.select(1, 0), k.select(1, 0), v.select(1, 0)
             phi_q, phi_k, scale, log_decay = self.step_gates(q, k) if self._folds else self.gates(q, k)
-            o = windowed_step_(q, k, v, phi_q, phi_k, scale, state, log_decay=log_decay, **near)
+            o = windowed_step_(q, k, v, phi_q, phi_k, scale, state, log_decay=log_decay, outer=self.outer, **near)
             return o.unsqueeze(1), state
         self._folded.forget()
         phi_q, phi_k, log_scale, log_decay = self.gates(q, k)
         return windowed_linear_attention(
-            q, k, v, phi_q, phi_k, log_scale, log_decay=log_decay, state=state, cu_seqlens=cu_seqlens, **near
-        )
+            q, k, v, phi_q, phi_k, log_scale, log_decay=log_decay, outer=self.outer, state=state,
+            cu_seqlens=cu_seqlens, **near,
+        )  # fmt: skip
 
 
 class SoftmaxWindow(nn.Module):

@@ -31,8 +31,7 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
     q, phi_q = (x.transpose(1, 2).to(wide) for x in (call.q, phi_q))
     left_k = phi_k
     k, v, phi_k, sink_k, sink_v, far = (
-        x.to(wide).repeat_interleave(groups, 1)
-        for x in (call.k, call.v, phi_k, call.sink_k, call.sink_v, call.far)
+        x.to(wide).repeat_interleave(groups, 1) for x in (call.k, call.v, phi_k, call.sink_k, call.sink_v, call.far)
     )
     T, window = q.shape[2], call.window
     n = call.count + torch.arange(T, device=q.device)[:, None]

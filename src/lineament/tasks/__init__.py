@@ -22,12 +22,14 @@ from lineament.tasks.retrieval import (
     score,
     train_examples,
 )
+from lineament.tasks.shared_haystack import Body, make_bodies, score_bodies
 from lineament.tasks.templates import KINDS, SETS
 
 __all__ = [
     "KINDS",
     "SETS",
     "Agreement",
+    "Body",
     "ContextGain",
     "Haystack",
     "Perplexity",
@@ -43,6 +45,7 @@ __all__ = [
     "filled_cache",
     "gain_kept",
     "is_student",
+    "make_bodies",
     "make_prompts",
     "paired_points",
     "peak_memory",
@@ -50,6 +53,7 @@ __all__ = [
     "perplexity_by_length",
     "prefill_speed",
     "score",
+    "score_bodies",
     "token_nll",
     "train_examples",
 ]

@@ -29,6 +29,11 @@ class Perplexity:
     per_window: Tensor
     scored: int
 
+    @classmethod
+    def of(cls, nll: Tensor) -> "Perplexity":
+        """Make it of the negative log likelihood of every scored token, [N, scored]."""
+        return cls(nll.double().sum(1), nll.shape[1])
+
     @property
     def nll_sum(self) -> float:
         """Summed negative log likelihood, nats."""
@@ -59,11 +64,15 @@ def perplexity(model: nn.Module, text: Tensor, *, batch_size: int = 1, last: int
         batch_size: windows in a batch.
         last: score only the last so many tokens of each; None for all but the first.
     """
+    return Perplexity.of(window_nll(model, text, batch_size=batch_size, last=last))
+
+
+def window_nll(model: nn.Module, text: Tensor, *, batch_size: int = 1, last: int | None = None) -> Tensor:
+    """Return the negative log likelihood of each scored token, float32 or wider [N, scored]; as `perplexity`."""
     if text.dim() != 2 or len(text) == 0:
         raise InputError(f"windows have shape {list(text.shape)}; expected [N, T] with at least one window")
     device = next(plain(model).parameters()).device
-    sums = [token_nll(model, batch.to(device), last=last).double().sum(1).cpu() for batch in text.split(batch_size)]
-    return Perplexity(torch.cat(sums), text.shape[1] - 1 if last is None else last)
+    return torch.cat([token_nll(model, batch.to(device), last=last).cpu() for batch in text.split(batch_size)])
 
 
 def perplexity_by_length(

@@ -25,9 +25,13 @@ def plain(model: Any) -> Any:
             return model
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, **inputs: Tensor) -> Tensor:
-    """Return what the model's head sees, [B, T, D]: the last hidden states after the last norm."""
-    return plain(model).base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+def hidden_states(model: nn.Module, input_ids: Tensor, *, cache: Any = None, **inputs: Tensor) -> Tensor:
+    """Return what the model's head sees, [B, T, D]: the last hidden states after the last norm.
+
+    With a `cache` of transformers the tokens follow those that it holds, and it holds them too afterwards.
+    """
+    past = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+    return plain(model).base_model(input_ids=input_ids, **past, **inputs).last_hidden_state
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:

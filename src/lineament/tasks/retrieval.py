@@ -22,6 +22,8 @@ DIGITS = 5  # in a code, for kinds that ask for one
 SHORT_DIGITS = 4  # in a code of a list or of a pair
 WORDS = 3  # in a password
 ENTRIES = 6  # in a key-value list
+GOLDEN = 0.6180339887498949  # its multiples spread evenly between 0 and 1, for any count
+SPARED = 8  # tokens that stay in front of every fact: the first ones are sinks, which every student sees
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Prompts(Sequence[Prompt]):
         if not -self._count <= index < self._count:
             raise IndexError(index)
         number = index % self._count + self._offset
-        depth = (number * 0.6180339887498949 + 0.5) % 1.0  # the golden ratio spreads evenly for any count
+        depth = (number * GOLDEN + 0.5) % 1.0
         return self._make(number, generator((self._seed * 1_000_003 + number) % 2**63), depth)
 
 
@@ -183,19 +185,20 @@ FACTS: dict[str, Callable[[Wording, torch.Generator], tuple[Facts, Asked]]] = {
 }
 
 
-def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokenise without special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _ending(tokenizer: Tokenizer, asked: Asked) -> tuple[list[int], list[bool]]:
+def ending(tokenizer: Tokenizer, asked: Asked) -> tuple[list[int], list[bool]]:
     """Tokenise what stands at the end. A token of white space alone is given, not asked for."""
-    ids, marks = _tokens(tokenizer, "\n\n"), []
+    ids, marks = token_ids(tokenizer, "\n\n"), []
     marks = [False] * len(ids)
     for text, is_answer in asked:
-        piece = _tokens(tokenizer, text)
+        piece = token_ids(tokenizer, text)
         blank = len(text) - len(text.lstrip()) if is_answer else 0
-        spaces = len(_tokens(tokenizer, text[:blank])) if blank else 0
-        apart = blank and piece[:spaces] == _tokens(tokenizer, text[:blank])
+        spaces = len(token_ids(tokenizer, text[:blank])) if blank else 0
+        apart = blank and piece[:spaces] == token_ids(tokenizer, text[:blank])
         ids += piece
         marks += [is_answer and not (apart and i < spaces) for i in range(len(piece))]
     return ids, marks
@@ -213,22 +216,22 @@ def _assemble(
     beyond: int,
     depth: float,
 ) -> Prompt:
-    needles = [_tokens(tokenizer, f"\n\n{fact}\n\n") for fact in facts]
-    ending, marks = _ending(tokenizer, asked)
-    tail = len(ending) - marks.index(True)
-    room = length - len(prefix) - len(ending) - sum(map(len, needles))
-    nearest = max(0, beyond - (len(ending) - tail))
-    if room < nearest + 8:
-        need = length - room + nearest + 8
+    needles = [token_ids(tokenizer, f"\n\n{fact}\n\n") for fact in facts]
+    end, marks = ending(tokenizer, asked)
+    lead = marks.index(True)
+    room = length - len(prefix) - len(end) - sum(map(len, needles))
+    nearest = max(0, beyond - lead)
+    if room < nearest + SPARED:
+        need = length - room + nearest + SPARED
         raise InputError(f"a {kind} prompt of {length} tokens has no room beyond {beyond}; give at least {need} tokens")
-    farthest = room - 8  # a few tokens stay in front: the first ones are sinks, which every student sees
+    farthest = room - SPARED
     places = [nearest + (farthest - nearest) * ((depth + n / len(needles)) % 1.0) for n in range(len(needles))]
     pieces = hay.draw(room, random)
     body, behind = insert(pieces, [(n, int(p)) for n, p in zip(needles, places, strict=True)])
-    ids = torch.cat([torch.tensor(prefix, dtype=torch.int64), body, torch.tensor(ending)])
+    ids = torch.cat([torch.tensor(prefix, dtype=torch.int64), body, torch.tensor(end)])
     answer = torch.zeros(len(ids), dtype=torch.bool)
     answer[-len(marks) :] = torch.tensor(marks)
-    return Prompt(ids, answer, kind, min(behind) + len(ending) - tail)
+    return Prompt(ids, answer, kind, min(behind) + lead)
 
 
 def train_examples(
@@ -270,12 +273,19 @@ class Retrieval:
         right: int64 [N] answer tokens predicted right. total: int64 [N] answer tokens.
         nll: float64 [N] summed negative log likelihood of the answer, nats.
         distance: int64 [N] tokens from the nearest fact to the answer.
+        body: int64 [N] number of the text that each was asked on; None when each has its own.
     """
 
     right: Tensor
     total: Tensor
     nll: Tensor
     distance: Tensor
+    body: Tensor | None = None
+
+    def take(self, chosen: Tensor) -> "Retrieval":
+        """Return the scores of some prompts, given as bool [N]."""
+        body = None if self.body is None else self.body[chosen]
+        return Retrieval(self.right[chosen], self.total[chosen], self.nll[chosen], self.distance[chosen], body)
 
     @property
     def token_accuracy(self) -> float:
@@ -326,10 +336,15 @@ def _score_batch(model: nn.Module, batch: list[Prompt]) -> Iterator[tuple[int, i
     hidden = hidden_states(model, ids)
     for row, prompt in enumerate(batch):
         at = prompt.answer.nonzero()[:, 0]
-        logits = logits_of(model, hidden[row, at.to(device) - 1])
-        truth = ids[row, at.to(device)]
-        nll = torch.nn.functional.cross_entropy(logits, truth, reduction="sum")
-        yield int((logits.argmax(-1) == truth).sum()), len(at), float(nll), prompt.distance
+        right, nll = right_and_nll(model, hidden[row, at.to(device) - 1], ids[row, at.to(device)])
+        yield right, len(at), nll, prompt.distance
+
+
+def right_and_nll(model: nn.Module, hidden: Tensor, truth: Tensor) -> tuple[int, float]:
+    """Return how many tokens [A] are predicted right from hidden states [A, D], and their summed loss in nats."""
+    logits = logits_of(model, hidden)
+    nll = torch.nn.functional.cross_entropy(logits, truth, reduction="sum")
+    return int((logits.argmax(-1) == truth).sum()), float(nll)
 
 
 def paired_points(
@@ -337,12 +352,21 @@ def paired_points(
 ) -> tuple[float, float, float]:
     """Return how many percentage points of answer tokens the student lies above the teacher, with its 95 % interval.
 
-    A paired bootstrap over prompts: both must have been scored on the same ones.
+    A paired bootstrap over prompts, or over texts where several prompts share one: both must have been scored on the
+    same ones.
     """
-    if len(student.total) != len(teacher.total) or not torch.equal(student.total, teacher.total):
+    if not _same(student.total, teacher.total) or not _same(student.body, teacher.body):
         raise InputError("student and teacher were scored on different prompts; score both on the same ones")
-    pick = torch.randint(len(student.total), (draws, len(student.total)), generator=generator(seed))
-    gap, total = (student.right - teacher.right).double(), student.total.double()
+    body = torch.arange(len(student.total)) if student.body is None else student.body
+    group = body.unique(return_inverse=True)[1]
+    zeros = torch.zeros(int(group.max()) + 1, dtype=torch.float64)
+    gap = zeros.index_add(0, group, (student.right - teacher.right).double())
+    total = zeros.index_add(0, group, student.total.double())
+    pick = torch.randint(len(total), (draws, len(total)), generator=generator(seed))
     drawn = 100 * gap[pick].sum(1) / total[pick].sum(1)
     low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(100 * gap.sum() / total.sum()), low, high
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))

@@ -1,0 +1,58 @@
+"""Where the codebooks of product features start: clusters of the teacher's own keys, so that the far part begins as
+attention to the clusters' centres."""
+
+import torch
+from torch import Tensor
+
+from lineament._base.seeds import generator
+from lineament.nn.feature_maps import Product
+
+MOST = 16384  # keys that the clusters are made of
+ROUNDS = 8
+SOFT = 0.5  # keys choose their code at this share of the exact log odds: softer choices learn faster
+
+
+@torch.no_grad()
+def start_codes(map_q: Product, map_k: Product, q: Tensor, k: Tensor, *, seed: int = 0) -> None:
+    """Set both maps so that `e^(lse_q) phi(q).phi(k)` is `e^(q . c(k))`, c(k) being the centre of the key's cluster.
+
+    Keys are clustered in the metric of the queries, `|k - c|^2 = E (q . (k - c))^2`, in two halves of their principal
+    directions, one codebook each: the pair of nearest codes stands for the key (product quantisation).
+
+    Args:
+        map_q: of Hq heads. map_k: of Hk heads, as many codes.
+        q: [N, Hq, K] and k: [M, Hk, K] as the maps get them.
+    """
+    heads, groups, codes = k.shape[1], q.shape[1] // k.shape[1], map_k.codes
+    for h in range(heads):
+        own = slice(h * groups, (h + 1) * groups)
+        some = q[:, own].reshape(-1, q.shape[-1]).double()
+        values, turn = torch.linalg.eigh(some.mT @ some / len(some))
+        root = values.clamp_min(1e-6 * values[-1].clamp_min(1e-12)).sqrt()
+        keys = k[:: max(1, len(k) // MOST), h].double() @ turn * root
+        order = keys.var(0, unbiased=False).argsort(descending=True)
+        for half in (0, 1):
+            of = order[half::2]
+            centres = keys.new_zeros(codes, keys.shape[1])
+            centres[:, of] = clusters(keys[:, of], codes, seed=seed)
+            columns = slice(half * codes, (half + 1) * codes)
+            map_q.weight[own, :, columns] = ((centres / root) @ turn.mT).mT.to(map_q.weight)
+            map_q.bias[own, columns] = 0.0
+            map_k.weight[h, :, columns] = SOFT * ((centres * root) @ turn.mT).mT.to(map_k.weight)
+            map_k.bias[h, columns] = -SOFT / 2 * centres.square().sum(1).to(map_k.bias)
+
+
+def clusters(x: Tensor, count: int, *, seed: int = 0) -> Tensor:
+    """Return `count` cluster centres of the rows of x [N, K] (Lloyd's rounds from rows drawn at random).
+
+    Example:
+        >>> sorted(clusters(torch.tensor([[0.0], [1.0], [10.0], [11.0]]), 2).flatten().tolist())
+        [0.5, 10.5]
+    """
+    centres = x[torch.randperm(len(x), generator=generator(seed))[torch.arange(count) % len(x)]].clone()
+    for _ in range(ROUNDS):
+        nearest = (x @ centres.mT - centres.square().sum(1) / 2).argmax(1)
+        size = x.new_zeros(count).index_add_(0, nearest, x.new_ones(len(x)))[:, None]
+        total = torch.zeros_like(centres).index_add_(0, nearest, x)
+        centres = torch.where(size > 0, total / size.clamp_min(1), centres)
+    return centres
