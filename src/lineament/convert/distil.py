@@ -64,8 +64,8 @@ def make_loss(teacher: "Teacher", plan: Plan) -> Callable[[nn.Module, Batch], tu
     def loss(student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         ids, weight = batch["ids"], batch["weight"]
         keep = scored_positions(plan, ids.shape[1], weight, int(ids[0, :64].sum())).to(ids.device)
-        wanted = teacher.logits(batch, keep)
         ours = student(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        wanted = teacher.logits(batch, keep) if plan.distil_kl else ours.detach()
         share = weight.to(ids.device)[:, keep].reshape(-1)
         share = share / share.sum().clamp_min(1e-6)
         targets = ids[:, 1:][:, keep].reshape(-1)

@@ -90,6 +90,8 @@ def kept_count(info: ModelInfo, plan: Plan) -> int:
     rule, numbers = parse_keep(plan.keep)
     free = [i for i in range(info.layers) if i not in info.kept_layers]
     total = len(free) * info.key_heads
+    if rule == "all":
+        return total
     if rule == "auto-heads":
         return int(numbers[0] * total + 1e-9)
     if rule == "auto":

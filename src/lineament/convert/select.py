@@ -171,7 +171,8 @@ def allotted_codes(
         >>> shapes = {i: {"key_heads": 1, "key_width": 8, "value_width": 8} for i in (0, 1)}
         >>> worth = [[1.0], [9.0]]
         >>> table = DamageTable(teacher="", window=4, sinks=1, perplexity=worth, kl=worth, retrieval=worth)
-        >>> allotted_codes(Plan(window=4, sinks=1, state_share=0.05), shapes, {}, table)
+        >>> plan = Plan(window=4, sinks=1, state_share=0.013, options={"map": "product"})
+        >>> allotted_codes(plan, shapes, {}, table)
         {0: 16, 1: 32}
     """
     scores, worth, room = table.scores(), {}, 0.0

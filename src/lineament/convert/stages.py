@@ -118,7 +118,11 @@ def settled(job: Job, work: Path) -> Job:
     """Decide an "auto" precision by a clock, once: a run that goes on must compute as the one before."""
     path = work / "precision.json"
     chosen = {name: resolve(getattr(job.plan, name), job.device) for name in ("precision", "evaluate_precision")}
-    _once(path, lambda: io.write_json(path, chosen))
+
+    def make() -> None:
+        io.write_json(path, chosen)
+
+    _once(path, make)
     return replace(job, plan=job.plan.change(json.loads(path.read_text(encoding="utf-8"))))
 
 
