@@ -129,9 +129,10 @@ def code_shares(y: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     Logits lower than the top by more than `DEPTH` are cut: shares below 1e-13 are denormal once multiplied.
     """
     y = y.unflatten(-1, (2, codes))
-    y = torch.maximum(y, y.detach().amax(-1, keepdim=True) - DEPTH)
-    total = y.logsumexp(-1, keepdim=True)
-    return (y - total).exp().flatten(-2), total.sum((-2, -1))
+    top = y.detach().amax(-1, keepdim=True)
+    shares = (y - top).clamp(min=-DEPTH).exp()
+    total = shares.sum(-1, keepdim=True)
+    return (shares / total).flatten(-2), (total.log() + top).sum((-2, -1))
 
 
 class Elu(nn.Module):

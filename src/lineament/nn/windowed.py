@@ -136,7 +136,11 @@ class HedgehogWindow(nn.Module):
 
     def step_gates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return what `gates` does for one token, q [B, Hq, K] and k [B, Hk, K], by one product."""
-        watched = tuple(self.parameters())
+        q_map, k_map = self.map_q, self.map_k
+        watched = (
+            self.log_scale, self.scale_query, self.gate_key, self.gate_bias, self.decay, q_map.weight, q_map.bias,
+            k_map.weight, k_map.bias,
+        )  # fmt: skip
         weight, bias, log_decay = self._folded.get(watched, self._fold)
         heads, key_heads, width = q.shape[1], k.shape[1], weight.shape[2] - 1
         y = torch.baddbmm(bias, torch.cat((q, k), 1).transpose(0, 1).to(weight.dtype), weight).transpose(0, 1)
