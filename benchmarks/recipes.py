@@ -22,12 +22,13 @@ from lineament.report import Evidence, machine
 HERE = Path(__file__).resolve().parent
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("default", {}),
+    "Hedgehog map": ("default", {"options": {"query_scale": True}}),
     "constant map": ("default", {"options": {"map": "constant"}}),
     "1+ELU": ("default", {"options": {"map": "elu"}}),
     "T2R": ("default", {"options": {"map": "t2r"}}),
     "window + sinks only": ("default", {"mixer": "softmax-window", "options": {}, "transfer_steps": 0}),
     "placement by position": ("default", {"keep": "every:4"}),
-    "no softmax head": ("default", {"keep": "none"}),
+    "no softmax head": ("no-softmax", {}),
     "teacher tuned on the same tokens": (
         "default",
         {"keep": "all", "distil_kl": 0.0, "distil_next": 1.0, "transfer_steps": 0},

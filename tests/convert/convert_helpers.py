@@ -54,11 +54,15 @@ def tiny_plan(data: Path, **changes):
     """A plan that runs in seconds on the tiny teacher."""
     from lineament.convert import Plan
 
+    product = {"map": "product", "codes": 4, "query_scale": True}
     given = {
-        "window": 16, "sinks": 2, "keep": "auto-heads:0.25", "damage_tokens": 128, "damage_prompts": 0,
+        "window": 16, "sinks": 2, "keep": "auto-heads:0.25", "options": product, "transfer_loss": "attention-kl",
+        "transfer_positions": 16, "damage_tokens": 128, "damage_prompts": 0,
         "transfer_steps": 3, "transfer_lengths": (32, 64), "transfer_tokens": 64, "transfer_pool": 3,
         "distil": "lora", "distil_steps": 4, "distil_lengths": (48, 64), "distil_tokens": 64, "lora_rank": 2,
         "distil_retrieval": 0.0, "precision": "fp32", "data": (str(data),), "calibration_tokens": 128,
         "evaluate_lengths": (64,), "evaluate_tokens": 128, "evaluate_prompts": 0, "checkpoint_every": 2,
     }  # fmt: skip
+    if "mixer" in changes:  # these options are our own mixer's
+        given |= {"options": {}, "transfer_loss": "output-mse"}
     return Plan(**{**given, **changes})
