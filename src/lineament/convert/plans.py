@@ -11,7 +11,9 @@ from lineament.convert.plan import Plan
 OURS: dict[str, Any] = {  # what both of our plans share
     "transfer_loss": "attention-kl",
     "transfer_lr": 3e-2,
-    "distil_lengths": (1024, 2048, 1024, 4096),
+    "transfer_lengths": (1024, 4096),  # what far codes get wrong adds up with the tokens they stand for
+    "transfer_tokens": 2048,
+    "distil_lengths": (2048, 4096),
     "distil_positions": 512,
     "distil_mixer_lr": 3e-3,
     "distil_gate_lr": 1e-2,
@@ -22,9 +24,7 @@ PLANS: dict[str, Plan] = {
         about="Ours: hedgehog-window, the quarter of key-value heads with most damage stays softmax.",
         **OURS,
         options={"map": "product", "codes": 16, "query_scale": True},
-        transfer_lengths=(1024,),
-        transfer_tokens=1024,
-        transfer_pool=32,
+        transfer_pool=12,
         distil_retrieval=0.3,
     ),
     "no-softmax": Plan(
@@ -35,8 +35,7 @@ PLANS: dict[str, Plan] = {
         keep="none",
         state_share=0.02,
         transfer_steps=200,
-        transfer_tokens=2048,
-        transfer_pool=48,
+        transfer_pool=24,
         budget_transfer=0.45,
         distil_retrieval=0.4,
     ),
