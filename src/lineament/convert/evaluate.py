@@ -15,7 +15,7 @@ from lineament._base.errors import InputError
 from lineament.convert.parts import converted
 from lineament.convert.precision import autocast, resolve
 from lineament.convert.scores import Numbers, Scores, model_digest
-from lineament.convert.thresholds import CACHE_CONTEXT, Bar, verdict
+from lineament.convert.thresholds import CACHE_CONTEXT, Bar, undecided, verdict
 from lineament.data import windows
 from lineament.graph import swapped
 from lineament.nn import build
@@ -325,8 +325,9 @@ def _say(bar: Bar) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> str:
-    """Say whether the linear part earns its keep."""
-    said = []
+    """Say which goals were missed, and whether the linear part earns its keep."""
+    missed = [r["measure"] + " (within its interval)" * undecided(r) for r in rows if r.get("verdict") == "miss"]
+    said = [f"missed: {', '.join(missed)}"] if missed else []
     pairs = [r for r in rows if r.get("state_off") is not None and r.get("student") is not None]
     texts = [r for r in pairs if r["measure"].startswith("perplexity")]
     found = [r for r in pairs if r["measure"].startswith("retrieval") and "lost" in r]

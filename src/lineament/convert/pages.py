@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lineament.convert.thresholds import undecided
 from lineament.report import Evidence, bars, curve, page
 from lineament.report.page import Picture, Rows, Samples, Section, Text, Tiles
 
@@ -75,7 +76,8 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for row in rows:
         value = row.get("ratio", row.get("lost"))
         if row.get("verdict") and value is not None:
-            found[row["measure"]] = (f"{value:.3g}" if "ratio" not in row else f"{value:.3f}x", row["verdict"])
+            shown = f"{value:.3f}x" if "ratio" in row else f"{value:.3g} points lost"
+            found[row["measure"]] = (shown, row["verdict"] + ", within its interval" * undecided(row))
     return found
 
 

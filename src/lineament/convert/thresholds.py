@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lineament.convert.plan import Plan, parse_budget, parse_keep
 
@@ -51,6 +52,19 @@ def bar_of(plan: Plan) -> Bar:
         return NO_SOFTMAX
     seconds = parse_budget(plan.budget)
     return HOUR if seconds is not None and seconds > 900 * SLACK else DEMO
+
+
+def undecided(row: Mapping[str, Any]) -> bool:
+    """Say whether a row's interval holds its goal: so few samples can't tell a pass from a miss.
+
+    Example:
+        >>> undecided({"low": 0.9, "high": 1.2, "goal": 1.1}), undecided({"low": 1.0, "high": 1.0, "goal": 1.1})
+        (True, False)
+    """
+    low, high, goal = (row.get(name) for name in ("low", "high", "goal"))
+    if low is None or high is None or goal is None:
+        return False
+    return low <= goal <= high
 
 
 def verdict(value: float, goal: float | None, *, at_most: bool = True) -> str:
