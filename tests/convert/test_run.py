@@ -70,6 +70,11 @@ def test_a_student_s_folder_is_measured_and_reported(made, tmp_path):
         evaluate_folder(made[2], lengths=(0,))
 
 
+def test_a_conversion_leaves_small_numbers_as_they_were(made):
+    tiny = torch.tensor([1e-40])
+    assert float(tiny * 0.5) > 0
+
+
 def test_inspect_loads_no_weights(made):
     found = inspect(made[0], tiny_plan(made[1]))
     assert found.info.layers == 3

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from torch import nn
 
@@ -19,6 +18,7 @@ from lineament.convert.inherit import mixer_configs
 from lineament.convert.parts import parts
 from lineament.convert.plan import Plan
 from lineament.convert.plans import plan as plan_named
+from lineament.convert.precision import denormals_flushed
 from lineament.convert.progress import Progress
 from lineament.convert.select import DamageTable, Heads
 from lineament.convert.stages import Job
@@ -73,13 +73,12 @@ def run(
     job.require_text()
     with stages.shared_folder(out, resume=resume, scratch=SCRATCH) as partial:
         _same_plan(partial / SCRATCH / "asked.json", plan, info.name)
-        with Progress() as progress:
+        with Progress() as progress, denormals_flushed():
             return convert_in(job, partial, partial / SCRATCH, progress)
 
 
 def convert_in(job: Job, partial: Path, work: Path, progress: Progress) -> Evidence:
     """Run all stages of a job in its folders; each leaves a file that a later call starts from."""
-    torch.set_flush_denormal(True)  # on a CPU one denormal costs as much as a hundred ordinary numbers
     job = stages.settled(job, work)
     table = stages.damage(job, work, progress)
     full = stages.kept(job, table)
