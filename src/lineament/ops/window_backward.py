@@ -19,6 +19,7 @@ from lineament.ops.window_blocked import (
     blocks,
     decays,
     forward,
+    rows,
     scaled,
     split_state,
     spread,
@@ -74,11 +75,13 @@ def backward(
     walk, masks, out = walk_of(call), Masks(call), _empty_gradients(call, grad_far)
     wide = call.far.dtype
     reads = bool(call.phi_q.shape[-1])
+    grad, den, o = (rows(call, x) for x in (grad, den, o))
     for index, b in reversed(list(enumerate(blocks(call)))):
         decay = decays(walk, b, masks.waiting(b)) if reads else None
         x = weigh(walk, b, masks, decay, apart=True)
-        share = walk.rows(grad, b).to(wide) / walk.rows(den, b)
-        level = (share * walk.rows(o, b)).sum(-1, keepdim=True).neg_()
+        here = walk.here(b)
+        share = grad[:, here].to(wide) / den[:, here]
+        level = (share * o[:, here]).sum(-1, keepdim=True).neg_()
         grad_weights = torch.bmm(share.to(walk.narrow), x.values.mT).to(wide).add_(level)
         shares = _Shares(share, level, grad_weights)
         grad_scale = None

@@ -41,11 +41,14 @@ class Walk(NamedTuple):
     narrow: torch.dtype  # of matrix products
     sink_k: Tensor  # [G, s', K]
     sink_v: Tensor  # [G, s', V]
+    q: Tensor  # [G, T r, K]
+    phi: Tensor  # [G, T r, F']
+    log_scale: Tensor  # [G, T r, 1], in base 2
 
-    def rows(self, x: Tensor, b: "Block") -> Tensor:
-        """[B, T, Hq, X] -> the block's [G, C r, X]."""
-        x = x[:, b.start : b.stop].unflatten(2, (self.call.k.shape[1], -1)).transpose(1, 2)
-        return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], x.shape[4])
+    def here(self, b: "Block") -> slice:
+        """The block's rows."""
+        r = self.call.q.shape[2] // self.call.k.shape[1]
+        return slice(b.start * r, b.stop * r)
 
     def rows_back(self, x: Tensor) -> Tensor:
         """[G, C r, X] -> [B, C, Hq, X], not contiguous."""
@@ -60,7 +63,15 @@ class Walk(NamedTuple):
 
 def walk_of(call: WindowCall) -> Walk:
     narrow = torch.bfloat16 if call.q.dtype == torch.bfloat16 else call.far.dtype
-    return Walk(call, narrow, call.sink_k.flatten(0, 1).to(narrow), call.sink_v.flatten(0, 1).to(narrow))
+    sinks = (x.flatten(0, 1).to(narrow) for x in (call.sink_k, call.sink_v))
+    q, phi, log_scale = (rows(call, x) for x in (call.q, call.phi_q, call.log_scale[..., None]))
+    return Walk(call, narrow, *sinks, q.to(narrow), phi, log_scale.to(call.far.dtype) * BITS)
+
+
+def rows(call: WindowCall, x: Tensor) -> Tensor:
+    """[B, T, Hq, X] -> [G, T r, X], so that a block's rows stand together."""
+    x = x.unflatten(2, (call.k.shape[1], -1)).transpose(1, 2)
+    return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], x.shape[4])
 
 
 def block_size(device: torch.device) -> int:
@@ -158,16 +169,16 @@ def weigh(walk: Walk, b: Block, masks: Masks, decay: Decays | None, apart: bool)
     keys, values = (walk.keys(x, b.low, b.high) for x in (call.k, call.v))
     if sinks:
         keys, values = torch.cat([walk.sink_k, keys], 1), torch.cat([walk.sink_v, values], 1)
-    q = walk.rows(call.q, b).to(walk.narrow)
+    q = walk.q[:, walk.here(b)]
     logits = torch.bmm(q, keys.mT).to(wide)
     steps = logits.unflatten(1, (-1, r))
     torch.add(masks.hidden(b), steps, alpha=BITS, out=steps)
     top, where = logits.max(-1, keepdim=True) if apart and call.relative else (logits.amax(-1, keepdim=True),) * 2
-    log_scale = walk.rows(call.log_scale[..., None], b).to(wide) * BITS
+    log_scale = walk.log_scale[:, walk.here(b)]
     lift, near = common_scale(top, log_scale + top if call.relative else log_scale, torch.exp2)
     both = logits.sub_(top + lift).exp2_()
     exact = both.clone() if apart and b.left else both if apart else None
-    phi = factors = scaled(walk.rows(call.phi_q, b), near, call.outer)
+    phi = factors = scaled(walk.phi[:, walk.here(b)], near, call.outer)
     if b.left and phi.shape[-1]:
         phi_k = walk.keys(call.phi_k, b.low, b.low + b.left)
         far = products(phi.to(walk.narrow), phi_k, call.outer).unflatten(1, (-1, r))
@@ -213,8 +224,8 @@ def forward(call: WindowCall, keep: bool) -> tuple[Tensor, Tensor, Tensor, list[
     """Return o [B, T, Hq, V], the denominators [B, T, Hq, 1], the last far state, and the state before each block."""
     walk, masks, states = walk_of(call), Masks(call), []
     wide, r = call.far.dtype, call.q.shape[2] // call.k.shape[1]
-    o = call.v.new_empty(*call.q.shape[:3], call.v.shape[-1])
-    den = call.far.new_empty(*call.q.shape[:3], 1)
+    o = call.far.new_empty(*walk.q.shape[:2], call.v.shape[-1])
+    den = call.far.new_empty(*walk.q.shape[:2], 1)
     state = split_state(call.far)
     reads = bool(call.phi_q.shape[-1])
     for b in blocks(call):
@@ -229,10 +240,10 @@ def forward(call: WindowCall, keep: bool) -> tuple[Tensor, Tensor, Tensor, list[
             if keep:
                 states.append(state.copy())
             state.push_(walk, b, decay)
-        o[:, b.start : b.stop] = walk.rows_back(out.div_(total))
-        den[:, b.start : b.stop] = walk.rows_back(total)
+        torch.div(out, total, out=o[:, walk.here(b)])
+        den[:, walk.here(b)] = total
     far = torch.cat(state, dim=-1).unflatten(0, call.far.shape[:2])
-    return o, den, far, states
+    return walk.rows_back(o).to(call.v.dtype), walk.rows_back(den), far, states
 
 
 def scaled(phi: Tensor, near: Tensor, outer: int) -> Tensor:
