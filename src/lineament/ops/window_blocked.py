@@ -63,9 +63,9 @@ class Walk(NamedTuple):
 
 def walk_of(call: WindowCall) -> Walk:
     narrow = torch.bfloat16 if call.q.dtype == torch.bfloat16 else call.far.dtype
-    sinks = (x.flatten(0, 1).to(narrow) for x in (call.sink_k, call.sink_v))
+    sink_k, sink_v = (x.flatten(0, 1).to(narrow) for x in (call.sink_k, call.sink_v))
     q, phi, log_scale = (rows(call, x) for x in (call.q, call.phi_q, call.log_scale[..., None]))
-    return Walk(call, narrow, *sinks, q.to(narrow), phi, log_scale.to(call.far.dtype) * BITS)
+    return Walk(call, narrow, sink_k, sink_v, q.to(narrow), phi, log_scale.to(call.far.dtype) * BITS)
 
 
 def rows(call: WindowCall, x: Tensor) -> Tensor:
