@@ -29,10 +29,10 @@ class DamageTable:
     Args:
         teacher: digest of the model it belongs to (`teacher_digest`).
         window, sinks: what a limited head still sees.
-        perplexity: [L][Hk] rise of the next-token loss on calibration text, beyond the window.
-        kl: [L][Hk] KL from the whole model to the limited one at the same positions.
-        retrieval: [L][Hk] rise of the loss on the answers of retrieval prompts.
-        slopes: {"0.5": {"kl", "retrieval": [L][Hk]}, "1.0": ...}: what one head is worth when all heads are half or
+        perplexity: [L, Hk] rise of the next-token loss on calibration text, beyond the window.
+        kl: [L, Hk] KL from the whole model to the limited one at the same positions.
+        retrieval: [L, Hk] rise of the loss on the answers of retrieval prompts.
+        slopes: {"0.5": {"kl", "retrieval": [L, Hk]}, "1.0": ...}: what one head is worth when all heads are half or
             wholly limited, by one backward; single damages don't see that heads stand in for one another.
         about: how it was made: text, tokens, prompts, seed, command.
     """
@@ -68,7 +68,7 @@ class DamageTable:
         return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def scores(self) -> list[list[float]]:
-        """Combine text and retrieval into one score per head, [L][Hk]; the scores of all heads sum to 2.
+        """Combine text and retrieval into one score per head, [L, Hk]; the scores of all heads sum to 2.
 
         Each kind of damage is divided by its own sum over all heads, so that text and retrieval choose with equal
         voice; negative values are noise and count as none. Text is scored by the KL, which is smoother than the

@@ -93,7 +93,7 @@ def windowed_linear_attention(
         >>> windowed_linear_attention(q, k, v, phi, phi, off, window=1, sinks=1)[0].flatten().tolist()
         [8.0, 6.0, 5.0, 4.5]
         >>> on, one = torch.zeros(1), torch.ones(1, 4, 1, 1)  # every weight is 1: a running mean
-        >>> windowed_linear_attention(q, k, v, one, one, on, window=2, sinks=1)[0].flatten().tolist()[:2]
+        >>> windowed_linear_attention(q, k, v, one, one, on, window=2, sinks=1)[0].flatten()[:2].tolist()
         [8.0, 6.0]
     """
     return _attend(q, k, v, phi_q, phi_k, log_scale, window, sinks, log_decay, state, cu_seqlens, backend, False, outer)

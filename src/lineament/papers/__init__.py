@@ -93,8 +93,8 @@ def search(text: str) -> list[Paper]:
     words returns all papers.
 
     Example:
-        >>> [paper.slug for paper in search("delta rule")]
-        ['deltanet', 'kimi-linear', 'hybrid-linear-attention']
+        >>> tuple(paper.slug for paper in search("delta rule"))
+        ('deltanet', 'kimi-linear', 'hybrid-linear-attention')
     """
     words = _plain(text).split()
     found = [(paper, [_weight(word, paper) for word in words]) for paper in records()]

@@ -75,8 +75,8 @@ class FitConfig:
         """Return what the peak learning rate is multiplied by at a step, counted from 0.
 
         Example:
-            >>> [round(FitConfig(steps=4, schedule="linear", warmup=2).factor(step), 2) for step in range(4)]
-            [0.5, 1.0, 1.0, 0.5]
+            >>> tuple(round(FitConfig(steps=4, schedule="linear", warmup=2).factor(step), 2) for step in range(4))
+            (0.5, 1.0, 1.0, 0.5)
         """
         if step < self.warmup:
             return (step + 1) / self.warmup

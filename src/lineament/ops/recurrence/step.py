@@ -24,8 +24,8 @@ def decayed_step_(
 
     Example:
         >>> state, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1)
-        >>> [decayed_step_(one, one, one, None, state).item() for _ in range(3)]
-        [1.0, 2.0, 3.0]
+        >>> tuple(decayed_step_(one, one, one, None, state).item() for _ in range(3))
+        (1.0, 2.0, 3.0)
     """
     _decay_(state, log_decay)
     wide = state.dtype
@@ -60,8 +60,8 @@ def delta_step_(
 
     Example:
         >>> state, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1)
-        >>> [delta_step_(one, one, x * one, torch.ones(1, 1), None, state).item() for x in (3.0, 5.0)]
-        [3.0, 5.0]
+        >>> tuple(delta_step_(one, one, x * one, torch.ones(1, 1), None, state).item() for x in (3.0, 5.0))
+        (3.0, 5.0)
     """
     _decay_(state, log_decay)
     wide, heads = state.dtype, state.shape[1]
