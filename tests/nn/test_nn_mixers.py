@@ -209,6 +209,11 @@ def test_folded_gates_follow_a_changed_parameter():
     before, _ = run(m, parts, slice(20, 21), state=state.copy())
     m.filling.log_scale.add_(2.0)
     after, _ = run(m, parts, slice(20, 21), state=state.copy())
+    m.filling.map_q.temperature.add_(1.0)
+    hotter, _ = run(m, parts, slice(20, 21), state=state.copy())
+    assert (after - hotter).abs().max() > 1e-6
+    close(hotter, run(m, parts, slice(0, 21))[0][:, 20:])
+    m.filling.map_q.temperature.sub_(1.0)
     assert (before - after).abs().max() > 1e-3
     close(after, run(m, parts, slice(0, 21))[0][:, 20:])
 

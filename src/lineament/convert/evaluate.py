@@ -326,7 +326,7 @@ def _say(bar: Bar) -> str:
 
 def _notes(rows: Sequence[Row]) -> str:
     """Say which goals were missed, and whether the linear part earns its keep."""
-    missed = [r["measure"] + " (within its interval)" * undecided(r) for r in rows if r.get("verdict") == "miss"]
+    missed = [r["measure"] + " (goal inside the interval)" * undecided(r) for r in rows if r.get("verdict") == "miss"]
     said = [f"missed: {', '.join(missed)}"] if missed else []
     pairs = [r for r in rows if r.get("state_off") is not None and r.get("student") is not None]
     texts = [r for r in pairs if r["measure"].startswith("perplexity")]

@@ -154,9 +154,7 @@ def kept_heads(plan: Plan, layers: int, key_heads: int, table: DamageTable | Non
 CODES = (16, 32, 64)  # of a layer's codebooks, when codes are given out by damage
 
 
-def allotted_codes(
-    plan: Plan, shapes: dict[int, dict[str, int]], full: Heads, table: DamageTable
-) -> dict[int, int]:  # fmt: skip
+def allotted_codes(plan: Plan, shapes: dict[int, dict[str, int]], full: Heads, table: DamageTable) -> dict[int, int]:
     """Give every converted layer its codes, so that the whole cache stays within `plan.state_share`.
 
     A layer's features grow with the square root of what its converted heads are worth, in steps of `CODES`.

@@ -139,7 +139,7 @@ class HedgehogWindow(nn.Module):
         q_map, k_map = self.map_q, self.map_k
         watched = (
             self.log_scale, self.scale_query, self.gate_key, self.gate_bias, self.decay, q_map.weight, q_map.bias,
-            k_map.weight, k_map.bias,
+            k_map.weight, k_map.bias, getattr(q_map, "temperature", None), getattr(k_map, "temperature", None),
         )  # fmt: skip
         weight, bias, log_decay = self._folded.get(watched, self._fold)
         heads, key_heads, width = q.shape[1], k.shape[1], weight.shape[2] - 1
