@@ -1,4 +1,4 @@
-"""Text by name: what installed packages carry, the user's files, the Hub; and text as tokens."""
+"""Text and images by name: what installed packages carry, the user's files, the Hub; and text as tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,17 +6,23 @@ from pathlib import Path
 from lineament._base.errors import InputError, near_miss
 from lineament.data.carriers import cloud_docs, docstrings, python_topics
 from lineament.data.files import SUFFIXES, from_hub, from_path
+from lineament.data.images import IMAGES, Images, image_batches, load_images, normalized
 from lineament.data.packing import PackedTokens, Tokenizer, batches, beginning, pack, split_documents, tokenize, windows
 from lineament.data.wiki import wiki_sample
 
 __all__ = [
+    "IMAGES",
     "NAMES",
     "SPLITS",
+    "Images",
     "PackedTokens",
     "Tokenizer",
     "batches",
     "beginning",
+    "image_batches",
+    "load_images",
     "load_text",
+    "normalized",
     "pack",
     "split_documents",
     "tokenize",
