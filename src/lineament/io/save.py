@@ -3,8 +3,9 @@
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +13,32 @@ from torch import Tensor
 from lineament._base.errors import InputError
 from lineament.io.files import need_space, replacing, sync_folder, write_json
 from lineament.io.header import DTYPES
-from lineament.io.weights import Weights
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MARGIN = 1 << 20  # bytes left on the disk beside the tensors
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
+Progress = Callable[[int], None]
+"""Called with the bytes of each tensor when it is written, or found written already."""
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Path:
     """Save named tensors as one safetensors file, in one step.
 
-    Views and tensors that share memory are written out, each on its own. A mapping that loads late (`open_weights`) is
-    read one tensor at a time.
+    Views and tensors that share memory are written out, each on its own. A mapping that loads late (`open_weights`, or
+    any other with `dtype(name)`, `shape(name)` and `nbytes(name)`) is read one tensor at a time.
 
     Args:
         tensors: name -> tensor, any dtype the format has, on any device.
         path: the file; until all is on the disk it keeps what it held before.
         metadata: text to keep in the header.
+        progress: told of every tensor's bytes.
 
     Returns:
         The path.
@@ -42,6 +53,19 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapp
         >>> path.stat().st_size
         120
     """
+    names, raw, total = _header(tensors, metadata)
+    need_space(path, total + len(raw) + _MARGIN)
+    with replacing(path) as file:
+        file.write(raw)
+        for name in names:
+            written = file.write(_bytes(tensors[name]))
+            if progress:
+                progress(written)
+    return Path(path)
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> tuple[list[str], bytes, int]:
+    """Return the names in the order they are written, the bytes before the first, and the bytes of all tensors."""
     names = sorted(tensors, key=lambda name: (-_about(tensors, name)[0].itemsize, name))  # keeps every tensor aligned
     header, at = {}, 0
     if metadata:
@@ -52,12 +76,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapp
         at += size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    need_space(path, at + len(raw) + _MARGIN)
-    with replacing(path) as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name in names:
-            file.write(_bytes(tensors[name]))
-    return Path(path)
+    return names, len(raw).to_bytes(8, "little") + raw, at
 
 
 def save_sharded(
@@ -67,6 +86,8 @@ def save_sharded(
     max_shard_size: int | str = "5GB",
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,
+    keep: bool = False,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Save named tensors the way transformers does: `model.safetensors`, or shards and an index when they are larger.
 
@@ -76,6 +97,8 @@ def save_sharded(
         max_shard_size: bytes, or text such as "500MB"; one tensor larger than that gets a shard of its own.
         stem: the beginning of the files' names.
         metadata: text for every header; `{"format": "pt"}` if None, which transformers asks for.
+        keep: leave a shard that is there already with the same header; the caller knows that its numbers are these.
+        progress: told of every tensor's bytes.
 
     Returns:
         The files of tensors written.
@@ -88,18 +111,22 @@ def save_sharded(
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     shards = _shards(tensors, parse_bytes(max_shard_size))
     total = sum(_about(tensors, name)[2] for name in tensors)
-    need_space(folder, total + _MARGIN)
-    if len(shards) <= 1:
-        files = [save_tensors(tensors, single, metadata)]
-        stale = [index]
-    else:
-        files, homes = [], {}
-        for number, names in enumerate(shards, 1):
-            file = folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            files.append(save_tensors(_Part(tensors, names), file, metadata))
-            homes |= dict.fromkeys(names, file.name)
-        weight_map = dict(sorted(homes.items()))
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    count = len(shards)
+    files = (
+        [folder / f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [single]
+    )
+    parts = {file: _Part(tensors, names) for file, names in zip(files, shards, strict=True)}
+    there = {file for file, part in parts.items() if keep and _holds(file, part, metadata)}
+    need_space(folder, total - sum(file.stat().st_size for file in there) + _MARGIN)
+    for file, part in parts.items():
+        if file not in there:
+            save_tensors(part, file, metadata, progress=progress)
+        elif progress:
+            progress(sum(_about(part, name)[2] for name in part))
+    stale = [index]
+    if count > 1:
+        homes = {name: file.name for file, part in parts.items() for name in part}
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))})
         stale = [single]
     for file in stale:  # readers would find the older form first
         file.unlink(missing_ok=True)
@@ -138,6 +165,15 @@ class _Part(Mapping[str, Tensor]):
         return len(self.names)
 
 
+def _holds(file: Path, part: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+    """Say whether a finished file has exactly the header that saving would write; files appear whole or not at all."""
+    if not file.is_file():
+        return False
+    _, raw, total = _header(part, metadata)
+    with file.open("rb") as stream:
+        return file.stat().st_size == len(raw) + total and stream.read(len(raw)) == raw
+
+
 def _shards(tensors: Mapping[str, Tensor], largest: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     room = largest
@@ -155,8 +191,9 @@ def _about(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, tuple
     """Dtype, shape and bytes of a tensor, without loading it where that can be avoided."""
     if isinstance(tensors, _Part):
         return _about(tensors.whole, name)
-    if isinstance(tensors, Weights):
-        return tensors.dtype(name), tensors.shape(name), tensors.nbytes(name)
+    if hasattr(tensors, "nbytes"):  # Weights, and what else knows without loading
+        late: Any = tensors
+        return late.dtype(name), late.shape(name), late.nbytes(name)
     tensor = tensors[name]
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name!r} is a {type(tensor).__name__}; only tensors can be saved")

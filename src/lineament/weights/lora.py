@@ -1,0 +1,173 @@
+"""LoRA adapters (Hu et al. 2022, arXiv 2106.09685) as points: products s B A, or the factors apart; and back again."""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lineament import io
+from lineament._base.errors import InputError, unknown
+from lineament.weights.differences import listed
+from lineament.weights.point import Point, Source, Spec
+
+FORMS = ("merged", "product", "factors")
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors of one weight, by their names in the file: `weight += scale * up @ down`."""
+
+    down: str
+    up: str
+    scale: float
+    transposed: bool
+
+    def product(self, load: Any) -> Tensor:
+        """Multiply the factors out, in float32."""
+        a, b = load(self.down).float(), load(self.up).float()
+        if self.transposed:  # an embedding's factors stand the other way round, and so do fan-in-fan-out layers
+            return (a.T @ b.T).mul_(self.scale)
+        return (b @ a).mul_(self.scale)
+
+
+def open_adapter(folder: Path, *, base: Any = None, lora: str = "merged", any_base: bool = False) -> Point:
+    """Open an adapter's folder; see `sources.open_point`.
+
+    Raises:
+        InputError: the form is unknown; the adapter is no plain LoRA; the base is missing, of another name or shape.
+    """
+    if lora not in FORMS:
+        raise unknown("form of a LoRA", lora, FORMS)
+    config = io.read_json(folder / "adapter_config.json")
+    weights = io.open_weights(folder)
+    _check_plain(folder, config)
+    from lineament.weights.sources import stored
+
+    source = stored(weights, str(folder))
+    if lora == "factors":
+        return Point(((source, 1.0),))
+    pairs, whole = _pairs(folder, weights, config)
+    base = base if base is not None else config.get("base_model_name_or_path")
+    if base is None:
+        raise InputError(f"{folder} names no base model; give base")
+    point = Point.open(base)
+    _check_base(folder, config, point, str(base), any_base)
+    # peft saves frozen embeddings beside their factors; they are the base's own
+    frozen = [n for n in pairs if n in whole and n in point and weights.shape(whole[n]) == point.shape(n)]
+    whole = {name: key for name, key in whole.items() if name not in frozen}
+    _check_shapes(folder, weights, pairs, whole, point)
+    product = product_source(source, pairs, point)
+    if lora == "product":
+        if whole:
+            raise InputError(f"{folder} also replaces whole modules ({listed(whole)}); open it as 'merged'")
+        return Point(((product, 1.0),), point.ties, frozenset(), point.folder, point.config)
+    merged = point + Point(((product, 1.0),), point.ties)
+    return merged.replace({name: weights.load(key) for name, key in whole.items()}) if whole else merged
+
+
+def product_source(source: Source, pairs: Mapping[str, Pair], base: Point) -> Source:
+    """Return s B A for the weights that have factors; everything else counts as zero."""
+    specs = {name: Spec(torch.promote_types(base.dtype(name), source.specs[pair.down].dtype), base.shape(name))
+             for name, pair in pairs.items()}  # fmt: skip
+    mark = None
+    if source.fingerprint is not None:
+        mark = hashlib.sha256(f"product {source.fingerprint}".encode()).hexdigest()
+    return Source(
+        source.label, specs, lambda name: pairs[name].product(source.load), sparse=True, fingerprint=mark,
+        files=source.files,
+    )  # fmt: skip
+
+
+def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
+    kind = str(config.get("peft_type", "LORA")).upper()
+    odd = {
+        f"it is {kind}": kind != "LORA",
+        "it is a DoRA": config.get("use_dora"),
+        f"it trains biases ({config.get('bias')})": config.get("bias", "none") != "none",
+        "it has biases of its own": config.get("lora_bias"),
+    }
+    for what, found in odd.items():
+        if found:
+            raise InputError(
+                f"{folder} is no plain LoRA: {what}; merge it with peft (merge_and_unload) and use the result"
+            )
+
+
+def _pairs(folder: Path, weights: io.Weights, config: Mapping[str, Any]) -> tuple[dict[str, Pair], dict[str, str]]:
+    """Sort an adapter's tensors: weight's name -> its factors; weight's name -> its whole replacement."""
+    pairs, whole = {}, {}
+    for key in weights.names:
+        name = key.removeprefix(PREFIX)
+        if match := re.fullmatch(r"(.*)\.lora_(embedding_)?A(\.weight)?", name):
+            module, embedding = match[1], bool(match[2])
+            up = key.replace("lora_embedding_A", "lora_embedding_B") if embedding else key.replace(".lora_A", ".lora_B")
+            if up not in weights:
+                raise InputError(f"{folder} has {key} and lacks {up}; get the adapter again")
+            rank, alpha = _of(config, "rank_pattern", module, "r"), _of(config, "alpha_pattern", module, "lora_alpha")
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            flipped = embedding or bool(config.get("fan_in_fan_out"))
+            pairs[f"{module}.weight"] = Pair(key, up, scale, flipped)
+        elif not re.search(r"\.lora_(embedding_)?B(\.weight)?$", name):
+            whole[name.replace(".modules_to_save", "").replace(".base_layer", "")] = key
+    return pairs, whole
+
+
+def _of(config: Mapping[str, Any], patterns: str, module: str, default: str) -> float:
+    """A module's own rank or alpha, by peft's rule: the first pattern that matches the end of its name."""
+    for pattern, number in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return number
+    return config[default]
+
+
+def _check_base(folder: Path, config: Mapping[str, Any], base: Point, given: str, any_base: bool) -> None:
+    told = str(config.get("base_model_name_or_path") or given)
+    known = {Path(each).name for each in (given, str(base.folder or given))}
+    if Path(told).name not in known and not any_base:
+        raise InputError(
+            f"{folder} was trained on {told}, the base given is {given}; merge it with its own base, or accept another "
+            "one with any_base (--any-base)"
+        )
+
+
+def _check_shapes(folder: Path, weights: io.Weights, pairs: Mapping[str, Pair], whole: Mapping[str, str], base: Point):
+    unknown_names = [name for name in [*pairs, *whole] if name not in base]
+    if unknown_names:
+        raise InputError(f"{folder} is a LoRA of another base: {base.label} has no {listed(unknown_names)}")
+    wrong = []
+    for name, pair in pairs.items():
+        if len(weights.shape(pair.down)) != 2 or len(weights.shape(pair.up)) != 2:
+            raise InputError(f"{folder} adapts a convolution ({name}); merge it with peft (merge_and_unload)")
+        width, height = weights.shape(pair.down)[1], weights.shape(pair.up)[0]
+        shape = (width, height) if pair.transposed else (height, width)
+        if shape != base.shape(name):
+            wrong.append(f"{name} {shape} for {base.shape(name)}")
+    wrong += [
+        f"{n} {weights.shape(k)} for {base.shape(n)}" for n, k in whole.items() if weights.shape(k) != base.shape(n)
+    ]
+    if wrong:
+        raise InputError(f"{folder} is a LoRA of another base than {base.label}; shapes differ in {listed(wrong)}")
+
+
+def factorise(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return the best factors of a given rank, in the Frobenius norm.
+
+    Args:
+        delta: [O, I]. rank: cut to min(O, I).
+
+    Returns:
+        A [r, I], B [O, r] with `B A ~ delta` and equal column and row norms, and the share of the squared norm kept.
+    """
+    rank = min(rank, *delta.shape)
+    u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
+    root = s[:rank].sqrt()
+    total = float(s.square().sum())
+    kept = float(s[:rank].square().sum()) / total if total else 1.0
+    return root[:, None] * v[:rank], u[:, :rank] * root, kept
