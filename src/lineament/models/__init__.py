@@ -15,12 +15,17 @@
   the folder alone (GGUF files are unpacked into the user's cache once).
 - `write_text(model, prompt, ...)`: generate and say how fast and with how large a cache; `cache_nbytes(any cache)`.
 - `build_encoder(teacher, {layer: MixerConfig})`, `encoder_mixers(student)`: BERT-type encoders, both directions linear.
+- `decoder_config("gated-deltanet", ratio="3:1", ...)`, `DecoderForCausalLM(config)`: decoders from scratch around any
+  mixer, hybrid by ratio or list. `FAMILIES`, `Family`: block choices by paper. `full_layers(ratio, layers)`,
+  `match_parameters(config, other)`: arms of equal size; `parameters(config)`.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
 from lineament.models.adapters import ADAPTERS, Adapter, adapter_for, attentions, head_shape, sliding_layers
 from lineament.models.cache import StudentCache
+from lineament.models.decoder import DecoderConfig, DecoderForCausalLM, DecoderModel, register_decoder
 from lineament.models.encoder import build_encoder, encoder_mixers, register_encoders
+from lineament.models.families import FAMILIES, Family, decoder_config, full_layers, match_parameters, parameters
 from lineament.models.generate import cache_nbytes, write_text
 from lineament.models.load import find_model, load_teacher
 from lineament.models.student import (
@@ -36,10 +41,16 @@ from lineament.models.tiny import tiny, tiny_teacher
 
 register_all()
 register_encoders()
+register_decoder()
 
 __all__ = [
     "ADAPTERS",
+    "FAMILIES",
     "Adapter",
+    "DecoderConfig",
+    "DecoderForCausalLM",
+    "DecoderModel",
+    "Family",
     "StudentCache",
     "adapter_for",
     "attentions",
@@ -47,14 +58,19 @@ __all__ = [
     "build_student",
     "cache_nbytes",
     "config_for",
+    "decoder_config",
     "encoder_mixers",
     "find_model",
+    "full_layers",
     "head_shape",
     "load_teacher",
+    "match_parameters",
     "mixer_configs",
     "mixers_of",
+    "parameters",
     "register",
     "register_all",
+    "register_decoder",
     "register_encoders",
     "sliding_layers",
     "student_class",

@@ -66,7 +66,7 @@ def attend(
     if mixer is None or lineament is None:
         return causal_softmax(q, k, v, rows=lineament_rows), None
     if lineament.memory is not None:
-        return lineament.memory.advance(mixer, q, k, v, lineament.x, lineament.rows), None
+        return lineament.memory.advance(mixer, q, k, v, lineament.x, rows=lineament.rows), None
     return mixer(q, k, v, x=lineament.x, rows=lineament.rows, keep=False)[0], None
 
 

@@ -2,7 +2,8 @@
 
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.cache_utils import (
 from lineament import io
 from lineament._base.errors import InputError
 from lineament.models.packing import flatten, unflatten
-from lineament.nn import LayerState, Rows
+from lineament.nn import LayerState, MixerCache, Rows
 from lineament.nn.softmax import KeyValues
 from lineament.nn.state import cloned
 
@@ -79,29 +80,41 @@ class MixerLayer(LinearAttentionCacheLayerMixin):
     def __init__(self, **_: Any) -> None:
         super().__init__()
         self.keys = self.values = None  # what `DynamicCache.__iter__` looks for
-        self.state = LayerState()
+        self.state = self._empty()
         self.seen = 0
         self._mixer: weakref.ref[nn.Module] | None = None
-        self._before: tuple[Any, int] | None = None
+        self._before: LayerState | None = None
         self._record: list[tuple[Tensor, ...]] = []
 
-    def advance(self, mixer: nn.Module, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Rows | None) -> Tensor:
-        """Run a mixer over the next tokens and keep its state; arguments as in `ConvertedHeads.forward`."""
-        if self.record_past:
-            self._remember(mixer, q, k, v, x, rows)
-        o, state = mixer(q, k, v, x=x, rows=rows, state=self.state)
-        self.state, self.seen = state, self.seen + q.shape[1]
+    @staticmethod
+    def _empty() -> LayerState:
+        return LayerState()
+
+    def _run(self, mixer: nn.Module, inputs: Sequence[Tensor], rows: Rows | None) -> Tensor:
+        q, k, v, x = inputs
+        o, self.state = mixer(q, k, v, x=x, rows=rows, state=self.state)
         return o
 
-    def _remember(self, mixer: nn.Module, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Rows | None) -> None:
+    def advance(self, mixer: nn.Module, *inputs: Tensor, rows: Rows | None) -> Tensor:
+        """Run a mixer over the next tokens and keep its state: q, k, v and x, as in `ConvertedHeads.forward`."""
+        if self.record_past:
+            self._remember(mixer, inputs, rows)
+        self.seen += inputs[0].shape[1]
+        return self._run(mixer, inputs, rows)
+
+    def _remember(self, mixer: nn.Module, inputs: Sequence[Tensor], rows: Rows | None) -> None:
         if rows is not None:
             raise InputError(
                 "a cache that records for crop can't take padded or packed tokens; feed them before recording"
             )
         if self._before is None:
-            length = self.state.full.length if self.state.full is not None else 0
-            self._before, self._mixer = (cloned(self.state.filling), length), weakref.ref(mixer)
-        self._record.append(tuple(part.detach() for part in (q, k, v, x)))
+            self._before, self._mixer = self._mark(), weakref.ref(mixer)
+        self._record.append(tuple(part.detach() for part in inputs))
+
+    def _mark(self) -> LayerState:
+        """Return what to come back to: a copy, but for the softmax heads' buffer, which can be cut to its length."""
+        full = None if self.state.full is None else self.state.full.mark()
+        return replace(self.state, filling=cloned(self.state.filling), full=full)
 
     def recorded(self) -> int:
         """Tokens that `crop` can take back."""
@@ -117,14 +130,14 @@ class MixerLayer(LinearAttentionCacheLayerMixin):
             keep = self.recorded() - remove
             parts = [torch.cat(part, dim=1)[:, :keep] for part in zip(*self._record, strict=True)]
             assert self._before is not None
-            self.state.filling, length = self._before
-            if self.state.full is not None:
-                self.state.full.length = length
+            full, self.state = self.state.full, self._before
+            if full is not None:
+                full.length = 0 if self.state.full is None else self.state.full.length
+                self.state.full = full
             self.seen -= remove
             mixer = self._mixer() if self._mixer is not None else None
             if keep and mixer is not None:
-                q, k, v, x = parts
-                self.state = mixer(q, k, v, x=x, state=self.state)[1]
+                self._run(mixer, parts, None)
         self._before, self._record = None, []
 
     def refuses(self, remove: int) -> str | None:
@@ -181,13 +194,24 @@ class MixerLayer(LinearAttentionCacheLayerMixin):
     def tensors(self) -> dict[str, Tensor]:
         """Name every tensor held, the record for crop included."""
         record = {f"record.{i}.{j}": x for i, parts in enumerate(self._record) for j, x in enumerate(parts)}
-        before = {} if self._before is None else LayerState(self._before[0]).tensors()
+        before = {} if self._before is None else self._before.tensors()
         return self.state.tensors() | record | {f"before.{name}": x for name, x in before.items()}
 
     def lazy_initialization(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("a mixer's state is made by its mixer; see MixerLayer.advance")
 
     update_conv_state = update_recurrent_state = lazy_initialization
+
+
+class WholeLayer(MixerLayer):
+    """The state of a layer made from scratch (`nn.Mixer`): its heads' and that of what stands around them."""
+
+    @staticmethod
+    def _empty() -> MixerCache:
+        return MixerCache()
+
+    def _run(self, mixer: nn.Module, inputs: Sequence[Tensor], rows: Rows | None) -> Tensor:
+        return mixer(inputs[0], cache=self.state, rows=rows)
 
 
 class StudentCache(DynamicCache):
@@ -280,9 +304,10 @@ def layers_for(config: Any) -> list[Any]:
     text = config.get_text_config(decoder=True)
     kinds, keywords = get_layer_types_and_kwargs(text)
     classes = {**DYNAMIC_LAYER_TYPE_MAPPING, "full_attention": GrowingLayer}
-    converted = {int(i) for i in (text.lineament or {}).get("layers", {})}
+    about = text.lineament or {}
+    converted, made = {int(i) for i in about.get("layers", {})}, WholeLayer if "slots" in about else MixerLayer
     return [
-        MixerLayer() if i in converted else classes[kind](**own)
+        made() if i in converted else classes[kind](**own)
         for i, (kind, own) in enumerate(zip(kinds, keywords, strict=True))
     ]
 

@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from lineament._base.errors import InputError
-from lineament.nn import CountedState, DeltaState, KeyValues, LayerState
+from lineament.nn import CountedState, DeltaState, KeyValues
 from lineament.nn.state import leaves
 from lineament.ops.window import WindowState
 
+AROUND = {"tail", "count"}  # of a MixerCache
 STATES: dict[str, Any] = {cls.__name__: cls for cls in (WindowState, CountedState, DeltaState)}
 
 
@@ -37,6 +38,7 @@ def flatten(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         held = {f"filling.{name}": x for name, x in leaves(layer.state.filling)}
         full, length = _buffer(layer.state.full)
         held |= {f"full.{name}": x for name, x in full.items()}
+        held |= {name: x for name in AROUND if (x := getattr(layer.state, name, None)) is not None}
         return held, {**about, "seen": layer.seen, "length": length, "state": _shape(layer.state.filling)}
     if hasattr(layer, "buffer"):
         held, length = _buffer(layer.buffer)
@@ -68,7 +70,10 @@ def unflatten(layer: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any
     if hasattr(layer, "state"):
         parts = {name.removeprefix("filling."): x for name, x in tensors.items() if name.startswith("filling.")}
         full = {name.removeprefix("full."): x for name, x in tensors.items() if name.startswith("full.")}
-        layer.state = LayerState(_rebuild(about["state"], parts), _fill(full, about["length"]))
+        layer.state.filling = _rebuild(about["state"], parts)
+        layer.state.full = _fill(full, about["length"])
+        for name in AROUND & tensors.keys():
+            setattr(layer.state, name, tensors[name])
         layer.seen = int(about["seen"])
     elif hasattr(layer, "buffer"):
         layer.buffer = _fill(tensors, about["length"]) or KeyValues()

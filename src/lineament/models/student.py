@@ -20,14 +20,10 @@ from lineament.nn import ConvertedHeads, MixerConfig, build
 FORMAT = 1
 
 
-class _Student(PreTrainedModel):
-    """What students add to their teacher's class."""
+class StatefulModel(PreTrainedModel):
+    """What models with mixers add to transformers' class: their own attention, initial weights and cache."""
 
     _supports_lineament = True
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        attach(self)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **__: Any) -> str:
         return NAME
@@ -56,6 +52,14 @@ class _Student(PreTrainedModel):
             if generation_config.is_assistant:
                 made.activate_past_recording()
         return done
+
+
+class _Student(StatefulModel):
+    """What students add to their teacher's class."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        attach(self)
 
 
 def config_for(config: Any, mixers: Mapping[int, MixerConfig]) -> Any:

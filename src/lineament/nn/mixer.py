@@ -1,6 +1,6 @@
 """One causal mixing layer from scratch: projections, short convolution, q/k norm, RoPE, a head mixer, norm and gate."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from lineament.nn.config import MixerConfig
 from lineament.nn.heads import HeadMixer, LayerState
 from lineament.nn.rows import Rows, positions
 from lineament.nn.short_conv import ShortConv
-from lineament.nn.state import widened
+from lineament.nn.state import cloned, tree_map, widened
 
 __all__ = ["BUILDERS", "HeadMixer", "Mixer", "MixerCache", "MixerConfig", "Slots", "build"]
 
@@ -52,12 +52,26 @@ class Slots:
 
 
 @dataclass
-class MixerCache:
-    """What a `Mixer` keeps between calls: give the same one to each call."""
+class MixerCache(LayerState):
+    """What a `Mixer` keeps between calls: its heads' state, the convolution's last inputs, tokens seen per row."""
 
-    state: LayerState = field(default_factory=LayerState)
     tail: Tensor | None = None
     count: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name every tensor held."""
+        around = {"tail": self.tail, "count": self.count}
+        return super().tensors() | {name: x for name, x in around.items() if x is not None}
+
+    def select(self, index: Tensor) -> None:
+        """Keep (or repeat) the given rows."""
+        super().select(index)
+        self.tail, self.count = tree_map(lambda x: x.index_select(0, index.to(x.device)), (self.tail, self.count))
+
+    def copy(self) -> "MixerCache":
+        """Return a state that in-place steps on this one can't reach."""
+        heads = super().copy()
+        return MixerCache(heads.filling, heads.full, *cloned((self.tail, self.count)))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -120,6 +134,7 @@ class Mixer(nn.Module):
         padding_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
         """Mix over the tokens.
 
@@ -129,6 +144,7 @@ class Mixer(nn.Module):
             padding_mask: [B, T], nonzero for real tokens (padding left or right).
             position_ids: [B, T] for RoPE; counted from each document's first real token if None.
             cu_seqlens: [N + 1], for B = 1: N documents back to back.
+            rows: in place of both: padding and packing as a model has found them, once for all its layers.
 
         Returns:
             [B, T, D]; rows of padding hold nothing of use.
@@ -136,7 +152,7 @@ class Mixer(nn.Module):
         n = bind("x: B T D, padding_mask: B T, position_ids: B T", x, padding_mask, position_ids)
         if padding_mask is not None and cu_seqlens is not None:
             raise InputError("give padding_mask or cu_seqlens, not both: packed documents have no padding")
-        rows = Rows.packed(cu_seqlens, n["T"]) if cu_seqlens is not None else None
+        rows = Rows.packed(cu_seqlens, n["T"]) if cu_seqlens is not None else rows
         if padding_mask is not None and not bool(padding_mask.all()):
             rows = Rows.make(padding_mask)
         documents = n["B"] if rows is None else len(rows.cu_seqlens) - 1
@@ -146,12 +162,8 @@ class Mixer(nn.Module):
         if self.slots.rope is not None:
             position = position_ids if position_ids is not None else self._positions(n["T"], rows, count)
             q, k = rotate(q, position, self.slots.rope), rotate(k, position, self.slots.rope)
-        state = cache.state if cache is not None else None
-        o, state = self.heads(
-            q * self.config.key_width**-0.5, k, v, x=x, rows=rows, state=state, keep=cache is not None
-        )
-        if cache is not None and state is not None:
-            cache.state = state
+        o, _ = self.heads(q * self.config.key_width**-0.5, k, v, x=x, rows=rows, state=cache, keep=cache is not None)
+        if cache is not None:
             cache.count = count + (n["T"] if rows is None else rows.cu_seqlens.diff())
         return self._finished(o, x)
 

@@ -72,6 +72,12 @@ class KeyValues:
         for name, x in self.tensors().items():
             setattr(self, name, x.index_select(0, index.to(x.device)))
 
+    def mark(self) -> "KeyValues":
+        """Return how long the buffer is now, without what it holds: what `crop` comes back to."""
+        other = KeyValues()
+        other.length = self.length
+        return other
+
     def copy(self) -> "KeyValues":
         """Return a buffer that appends to this one can't reach."""
         other = KeyValues()

@@ -1,0 +1,260 @@
+"""Families of decoders as values, hybrids by ratio, and arms of equal size.
+
+A family says which head mixer its layers have and what stands around it, by its paper's own choices; depth, width and
+the share of softmax layers are the user's.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lineament._base.errors import InputError, unknown
+from lineament.models.decoder import DecoderConfig, DecoderForCausalLM, fill
+from lineament.nn import BUILDERS, MixerConfig, Slots
+from lineament.nn.build import options_of
+
+SOFTMAX = "softmax-window"  # the kind of a layer whose heads are all full; its window is never built
+Ratio = str | Sequence[int] | Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the blocks of a family are made of.
+
+    Attributes:
+        kind: a key of `nn.BUILDERS`, or "softmax". options: its own. slots: what stands around it.
+        key_share, value_share: summed width of the keys' and of the values' heads, as a share of D.
+        head_width: K, where the number of heads is not given.
+        mlp, norm, post_norm, tied: see `DecoderConfig`. mlp_share: inner width as a share of D, before rounding; 0 for
+            none.
+        full: the slots of this family's softmax layers in a hybrid.
+    """
+
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    slots: Slots = field(default_factory=Slots)
+    key_share: float = 1.0
+    value_share: float = 1.0
+    head_width: int = 128
+    mlp: str = "swiglu"
+    mlp_share: float = 8 / 3
+    norm: str = "rms"
+    post_norm: bool = False
+    tied: bool = False
+    full: Slots = field(default_factory=lambda: Slots(rope=1e4))
+
+    def layer(self, width: int, heads: int | None, key_heads: int | None, layer: int, layers: int) -> MixerConfig:
+        """Return the mixer of layer `layer` of `layers`.
+
+        Raises:
+            InputError: an unknown kind, or heads that do not divide the widths.
+        """
+        softmax = self.kind == "softmax"
+        keys, values = round(width * self.key_share), round(width * self.value_share)
+        heads = heads or max(keys // self.head_width, 1)
+        for name, total in (("keys", keys), ("values", values)):
+            if total % heads:
+                raise InputError(f"{heads} heads don't divide the {total} channels of the {name} (width {width})")
+        known = {} if softmax else options_of(self.kind)
+        place = {name: at for name, at in (("layer", layer), ("layers", layers)) if name in known}
+        return MixerConfig(
+            kind=SOFTMAX if softmax else self.kind, heads=heads, key_heads=key_heads or heads, model_width=width,
+            key_width=keys // heads, value_width=values // heads, options={**place, **self.options},
+            full_heads=tuple(range(key_heads or heads)) if softmax else (),
+        )  # fmt: skip
+
+
+DELTA = {"conv": 0, "output_gate": False, "key_norm": "none"}  # the layer's own slots do that work here
+SHORT = {"conv": 4, "activation": "silu", "qk_norm": "l2"}
+FAMILIES: dict[str, Family] = {
+    "llama": Family(kind="softmax", slots=Slots(rope=1e4)),
+    "retnet": Family(
+        kind="retnet", slots=Slots(rope=1e4, output_norm=True, output_gate="silu"), value_share=2.0, head_width=256,
+        mlp="gelu", mlp_share=2.0, norm="layer",
+    ),
+    "transnormer": Family(
+        kind="lightning", slots=Slots(activation="silu", rope=1e4, output_norm=True, output_gate="sigmoid"),
+        mlp="sglu", norm="simple-rms",
+    ),
+    "lightning": Family(
+        kind="lightning", slots=Slots(activation="silu", output_norm=True, output_gate="sigmoid"),
+    ),
+    "gla": Family(kind="gla", slots=Slots(output_norm=True, output_gate="silu"), key_share=0.5, head_width=256),
+    "hgrn2": Family(kind="hgrn2", slots=Slots(output_norm=True)),
+    "mamba2": Family(
+        kind="mamba2", slots=Slots(conv=4, activation="silu"), key_share=2.0, value_share=2.0, mlp_share=0.0, tied=True
+    ),
+    "deltanet": Family(kind="deltanet", slots=Slots(output_norm=True, **SHORT)),
+    "gated-deltanet": Family(
+        kind="gated-deltanet", options=DELTA, slots=Slots(output_norm=True, output_gate="silu", **SHORT),
+        key_share=0.75, value_share=1.5, head_width=256,
+    ),
+    "kda": Family(
+        kind="kda", options=DELTA, slots=Slots(output_norm=True, output_gate="sigmoid", gate_rank=128, **SHORT),
+        full=Slots(),
+    ),
+    "lightnet": Family(kind="lightnet", slots=Slots(output_norm=True, output_gate="silu")),
+}  # fmt: skip
+"""Presets by the papers' own block choices. Sizes are not part of them."""
+
+
+def family(name: str | Family) -> Family:
+    """Return a family by name: a key of `FAMILIES`, or any kind of head mixer in a Llama's block without RoPE.
+
+    Raises:
+        InputError: neither; or the preset's mixer is not in this version.
+    """
+    if isinstance(name, Family):
+        return name
+    known = {**FAMILIES, **{kind: Family(kind=kind, slots=Slots(output_norm=True)) for kind in BUILDERS}} | FAMILIES
+    if name not in known:
+        raise unknown("family", name, known)
+    return known[name]
+
+
+def full_layers(ratio: str | Sequence[int], layers: int) -> tuple[int, ...]:
+    """Return which layers are softmax.
+
+    Args:
+        ratio: "pure" (none), "full" (all), "r:1" (groups of r + 1 layers, the full one last in each), or the layers
+            themselves, counted from 0. A ratio that leaves no full layer gives one in the middle third, with a warning.
+        layers: depth.
+
+    Example:
+        >>> full_layers("3:1", 8), full_layers("pure", 8), full_layers([0, 5], 8)
+        ((3, 7), (), (0, 5))
+    """
+    if not isinstance(ratio, str):
+        wrong = [i for i in ratio if not 0 <= i < layers]
+        if wrong or len(set(ratio)) != len(ratio):
+            raise InputError(f"full layers {list(ratio)}: expected different numbers from 0 to {layers - 1}")
+        return tuple(sorted(ratio))
+    if ratio in ("pure", "full"):
+        return tuple(range(layers)) if ratio == "full" else ()
+    linear, _, full = ratio.partition(":")
+    if not (linear.isdigit() and full == "1"):
+        raise InputError(f"ratio is {ratio!r}; expected 'pure', 'full', or linear:full such as '3:1'")
+    found = tuple(i for i in range(layers) if (i + 1) % (int(linear) + 1) == 0)
+    if not found and layers:
+        found = (layers // 2,)
+        warnings.warn(
+            f"a ratio of {ratio} leaves no full layer among {layers}; layer {found[0]}, in the middle third, is full",
+            stacklevel=2,
+        )
+    return found
+
+
+def decoder_config(
+    name: str | Family,
+    *,
+    vocab_size: int,
+    width: int,
+    layers: int,
+    heads: int | None = None,
+    key_heads: int | None = None,
+    ratio: Ratio = "pure",
+    full_heads: Mapping[int, Sequence[int]] | None = None,
+    **changes: Any,
+) -> DecoderConfig:
+    """Return the config of a decoder, hybrid or not.
+
+    Args:
+        name: a family's name or value. Block choices (MLP, norms) are its own in every layer.
+        vocab_size, width, layers: of the model.
+        heads: query heads; by the family's head width if None. key_heads: key-value heads; as many if None.
+        ratio: linear:full, e.g. "3:1"; "pure", "full"; the full layers' numbers; or one family's name per layer.
+        full_heads: {layer: key-value heads that stay softmax inside that linear layer}.
+        changes: fields of `DecoderConfig` (intermediate_size, mlp, norm, post_norm, tie_word_embeddings, ...).
+
+    Raises:
+        InputError: an unknown family or field, a ratio that is none, or heads that do not fit.
+
+    Example:
+        >>> config = decoder_config("kda", ratio="1:1", vocab_size=64, width=32, layers=4, heads=2)
+        >>> [config.lineament["layers"][str(i)]["full_heads"] for i in range(4)]
+        [[], [0, 1], [], [0, 1]]
+    """
+    own = family(name)
+    names = _per_layer(own, ratio, layers)
+    made = []
+    for i, each in enumerate(names):
+        mixer = each.layer(width, heads, key_heads, i, layers)
+        extra = (full_heads or {}).get(i)
+        if extra is not None and each.kind != "softmax":
+            mixer = MixerConfig.from_json({**mixer.to_json(), "full_heads": list(extra)})
+        made.append((mixer, each.slots))
+    wrong = [i for i in full_heads or {} if not 0 <= i < layers]
+    if wrong:
+        raise InputError(f"full_heads names layer {wrong[0]}; the model has layers 0 to {layers - 1}")
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size, "hidden_size": width, "intermediate_size": _mlp_width(own, width), "mlp": own.mlp,
+        "norm": own.norm, "post_norm": own.post_norm, "tie_word_embeddings": own.tied,
+    }  # fmt: skip
+    known = [*DecoderConfig.__annotations__]
+    for field_ in changes:
+        if field_ not in known:
+            raise unknown("field of a decoder", field_, known)
+    return fill(DecoderConfig(**{**fields, **changes}), made)
+
+
+def _per_layer(own: Family, ratio: Ratio, layers: int) -> list[Family]:
+    if layers < 1:
+        raise InputError(f"layers={layers}; expected at least 1")
+    if not isinstance(ratio, str) and any(isinstance(each, str) for each in ratio):
+        if len(ratio) != layers:
+            raise InputError(f"{len(ratio)} families are listed for {layers} layers")
+        return [own if each == own else family(each) for each in ratio]  # type: ignore[arg-type]
+    full = Family(kind="softmax", slots=own.slots if own.kind == "softmax" else own.full, head_width=own.head_width)
+    chosen = full_layers(ratio, layers)  # type: ignore[arg-type]
+    return [full if i in chosen else own for i in range(layers)]
+
+
+def _mlp_width(own: Family, width: int) -> int:
+    multiple = 256 if width >= 512 else 32
+    return -(-round(width * own.mlp_share) // multiple) * multiple
+
+
+def parameters(config: DecoderConfig) -> int:
+    """Return how many parameters a config's model has (tied ones once), without making any.
+
+    Example:
+        >>> parameters(decoder_config("llama", vocab_size=10, width=16, layers=1, heads=2))
+        4464
+    """
+    with torch.device("meta"):
+        return sum(p.numel() for p in DecoderForCausalLM(config).parameters())
+
+
+def match_parameters(config: DecoderConfig, target: int | DecoderConfig, *, tolerance: float = 0.02) -> DecoderConfig:
+    """Return the config with the width of its MLP chosen so that it has as many parameters as another.
+
+    Args:
+        target: a number of parameters, or the config to match.
+        tolerance: largest difference, as a share of the target.
+
+    Raises:
+        InputError: no MLP width comes that near.
+    """
+    wanted = target if isinstance(target, int) else parameters(target)
+    if not config.intermediate_size:
+        raise InputError("this family has no MLP to widen; change its depth or width instead")
+    one, two = (parameters(_with_mlp(config, hidden)) for hidden in (8, 16))
+    hidden = 8 + round((wanted - one) * 8 / (two - one))
+    if hidden < 1:
+        raise InputError(
+            f"the mixers alone have more than {wanted:,} parameters ({one:,} with an MLP of 8); take fewer heads"
+        )
+    found = _with_mlp(config, 8 * round(hidden / 8) or hidden)
+    if abs(parameters(found) - wanted) > tolerance * wanted:
+        found = _with_mlp(config, hidden)
+    off = abs(parameters(found) - wanted) / wanted
+    if off > tolerance:
+        raise InputError(f"the nearest MLP width, {hidden}, still differs by {off:.1%} from {wanted:,} parameters")
+    return found
+
+
+def _with_mlp(config: DecoderConfig, hidden: int) -> DecoderConfig:
+    return DecoderConfig.from_dict({**config.to_dict(), "intermediate_size": hidden})
