@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from lineament.ops.window import (
     windowed_linear_attention,
     windowed_step_,
 )
+from lineament.ops.window_state import code_shares
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 
@@ -95,6 +97,29 @@ def test_prefill_equals_chunked_prefill_equals_steps(T, window, sinks, decay, cu
     start = empty_state(2, 2, 4, 3, 5, like=x["k"], **options)
     o, state = by_steps(x, start, windowed_step_, **options)
     torch.testing.assert_close((o, *state), (whole, *end), **EXACT)
+
+
+@settings(max_examples=20, deadline=None)
+@given(decay=st.booleans(), scale=st.sampled_from([-30.0, 0.0, 45.0]), window=st.integers(0, 9),
+       sinks=st.integers(1, 3), codes=st.integers(1, 4), seed=st.integers(0, 99))  # fmt: skip
+def test_a_step_on_the_logits_of_codes_equals_a_step_on_their_shares(decay, scale, window, sinks, codes, seed):
+    T, g = 30, torch.Generator().manual_seed(seed)
+    x = problem(T, B=2, Hq=4, seed=seed, decay=decay)
+    y_q, y_k = (4 * torch.randn(2, T, h, 2 * codes, generator=g, dtype=torch.float64) for h in (4, 2))
+    x["phi_k"] = code_shares(y_k, codes)[0]
+    shares, total = code_shares(y_q, codes)
+    scale = scale + torch.randn(2, T, 4, generator=g, dtype=torch.float64)
+    options = {"window": window, "sinks": sinks, "outer": codes}
+    known = x | {"phi_q": shares, "log_scale": scale + total}
+    state = empty_state(2, 2, 4, 3, 2 * codes, like=x["k"], **options)
+    read = windowed_linear_attention(**at(known, slice(0, 7)), **options)[1]
+    state = WindowState(*(torch.cat([a[:1], b[1:]]) for a, b in zip(read, state, strict=True)))  # rows of unequal age
+    outs = []
+    for form, logits in ((known, False), (x | {"phi_q": y_q, "log_scale": scale}, True)):
+        own = WindowState(*(one.clone() for one in state))
+        o, end = by_steps(form, own, partial(windowed_step_, logits=logits), **options)
+        outs.append((o, *end))
+    torch.testing.assert_close(outs[1], outs[0], **EXACT)
 
 
 @settings(max_examples=15, deadline=None)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError, unknown
-from lineament.ops.window_state import expanded
-
-DEPTH = 30.0  # nats
+from lineament.ops.window_state import code_shares, expanded
 
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -121,18 +119,6 @@ class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., H, K] to [..., H, C^2]."""
         return expanded(self.factors(x)[0], self.codes)
-
-
-def code_shares(y: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Return softmax of both halves of y [..., 2 C], side by side, and the sum of their log sums [...].
-
-    Logits lower than the top by more than `DEPTH` are cut: shares below 1e-13 are denormal once multiplied.
-    """
-    y = y.unflatten(-1, (2, codes))
-    top = y.detach().amax(-1, keepdim=True)
-    shares = (y - top).clamp(min=-DEPTH).exp()
-    total = shares.sum(-1, keepdim=True)
-    return (shares / total).flatten(-2), (total.log() + top).sum((-2, -1))
 
 
 class Elu(nn.Module):

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from lineament._base.errors import unknown
 from lineament.nn.config import MixerConfig
-from lineament.nn.feature_maps import FEATURE_MAPS, Hedgehog, Product, code_shares
+from lineament.nn.feature_maps import FEATURE_MAPS, Hedgehog, Product
 from lineament.nn.folded import Folded, fold_gates
 from lineament.nn.state import State, widened
 from lineament.ops.window import lolcats_attention, lolcats_step_, windowed_linear_attention, windowed_step_
+from lineament.ops.window_state import cut
 
 TINY = 1e-30  # under a logarithm
 QUIET = -12.0  # log scale of an uncalibrated far part, in nats beside logits of order 1: a no-op to four digits
@@ -135,7 +136,10 @@ class HedgehogWindow(nn.Module):
         return torch.where(exact, near, far).masked_fill(age < 0, -torch.inf)
 
     def step_gates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return what `gates` does for one token, q [B, Hq, K] and k [B, Hk, K], by one product."""
+        """Return what `gates` does for one token, q [B, Hq, K] and k [B, Hk, K], by one product.
+
+        Of a product map's query come the logits of its codes and lambda without their log sums.
+        """
         q_map, k_map = self.map_q, self.map_k
         watched = (
             self.log_scale, self.scale_query, self.gate_key, self.gate_bias, self.decay, q_map.weight, q_map.bias,
@@ -143,19 +147,21 @@ class HedgehogWindow(nn.Module):
         )  # fmt: skip
         weight, bias, log_decay = self._folded.get(watched, self._fold)
         heads, key_heads, width = q.shape[1], k.shape[1], weight.shape[2] - 1
-        y = torch.baddbmm(bias, torch.cat((q, k), 1).transpose(0, 1).to(weight.dtype), weight).transpose(0, 1)
+        x = torch.cat((q, k), 1).transpose(0, 1)
+        y = torch.baddbmm(bias, x if x.dtype == weight.dtype else x.to(weight.dtype), weight).transpose(0, 1)
         half, gate = y.narrow(2, 0, width), y.select(2, width)
-        log_scale = gate.narrow(1, 0, heads)
         if self.outer:
-            phi, total = code_shares(half, self.outer)
-            log_scale = log_scale + total.narrow(1, 0, heads)
+            half = cut(half, self.outer)
+            phi_q, phi_k = half.narrow(1, 0, heads), half.narrow(1, heads, key_heads).softmax(-1)
+            written = phi_k.select(2, 0)
         else:
-            phi = torch.stack((half, half.neg()), 2).softmax(-1).flatten(2)
-        phi_k = phi.narrow(1, heads, key_heads)
+            phi = torch.stack((half, half.neg()), 2).softmax(-1)
+            phi_q, phi_k = phi.narrow(1, 0, heads), phi.narrow(1, heads, key_heads)
+            written = phi_k
         if self.gate_key is not None:
-            phi_k = self._gated(phi_k, gate.narrow(1, heads, key_heads).exp())
+            written.mul_(gate.narrow(1, heads, key_heads).exp().view(*k.shape[:2], *[1] * (written.dim() - 2)))
         decay = log_decay.expand(k.shape[:-1]) if self.decay is not None else None
-        return phi.narrow(1, 0, heads), phi_k, log_scale, decay
+        return phi_q.flatten(2), phi_k.flatten(2), gate.narrow(1, 0, heads), decay
 
     def _fold(self) -> tuple[Tensor, Tensor, Tensor]:
         q, k = self.map_q, self.map_k
@@ -190,7 +196,10 @@ class HedgehogWindow(nn.Module):
         if cu_seqlens is None and stepping(q.shape[1], state):
             q, k, v = q.select(1, 0), k.select(1, 0), v.select(1, 0)
             phi_q, phi_k, scale, log_decay = self.step_gates(q, k) if self._folds else self.gates(q, k)
-            o = windowed_step_(q, k, v, phi_q, phi_k, scale, state, log_decay=log_decay, outer=self.outer, **near)
+            o = windowed_step_(
+                q, k, v, phi_q, phi_k, scale, state, log_decay=log_decay, outer=self.outer, logits=bool(self.outer),
+                **near,
+            )  # fmt: skip
             return o.unsqueeze(1), state
         self._folded.forget()
         phi_q, phi_k, log_scale, log_decay = self.gates(q, k)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DEPTH = 30.0  # nats
+
 
 class WindowState(NamedTuple):
     """The memory of `windowed_linear_attention`; every tensor's first axis is the row (or packed document).
@@ -70,6 +72,24 @@ def expanded(phi: Tensor, outer: int) -> Tensor:
     if not outer:
         return phi
     return (phi[..., :outer, None] * phi[..., None, outer:]).flatten(-2)
+
+
+def cut(y: Tensor, codes: int) -> Tensor:
+    """Return both halves of y [..., 2 C] as [..., 2, C], logits lower than the top by more than `DEPTH` raised to that.
+
+    Shares below 1e-13 are denormal once multiplied, and a CPU is slow on those.
+    """
+    y = y.unflatten(-1, (2, codes))
+    return torch.maximum(y, y.detach().amax(-1, keepdim=True) - DEPTH)
+
+
+def code_shares(y: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """Return softmax of both halves of y [..., 2 C] (`cut`), side by side, and the sum of their log sums [...]."""
+    y = y.unflatten(-1, (2, codes))
+    top = y.detach().amax(-1, keepdim=True)
+    shares = (y - top).clamp(min=-DEPTH).exp()
+    total = shares.sum(-1, keepdim=True)
+    return (shares / total).flatten(-2), (total.log() + top).sum((-2, -1))
 
 
 def folded(grad: Tensor, phi: Tensor, outer: int) -> Tensor:

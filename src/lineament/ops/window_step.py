@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lineament.ops.window_reference import common_scale
-from lineament.ops.window_state import WindowState, expanded
+from lineament.ops.window_state import WindowState, code_shares, expanded
 
 EPS = 1e-6  # in the denominator of pure linear attention, as `linear_attention` has it
 
@@ -27,6 +27,7 @@ def windowed_step_(
     log_decay: Tensor | None = None,
     relative: bool = False,
     outer: int = 0,
+    logits: bool = False,
 ) -> Tensor:
     """Read one more token and move the state on, in place; the same numbers as `windowed_linear_attention`.
 
@@ -38,6 +39,7 @@ def windowed_step_(
         log_decay: [B, Hk] or None.
         relative: lambda counts from the largest exact logit (the LoLCATs form).
         outer: as in `windowed_linear_attention`.
+        logits: phi_q holds the logarithms of both factors, not normalised: `e^(lambda + a_i + b_j)` is a cell's weight.
 
     Returns:
         o [B, Hq, V] in v's dtype.
@@ -54,25 +56,52 @@ def windowed_step_(
     far, keys, values, features, count = state
     B, Hk, slots, K = keys.shape
     V, wide = v.shape[-1], far.dtype
-    reads = phi_q is not None and phi_k is not None and log_scale is not None and features.shape[-1] > 0
-    if reads and log_decay is not None:
+    if phi_q is None or phi_k is None or log_scale is None or not features.shape[-1]:
+        phi_q = phi_k = log_scale = None
+    if phi_k is not None and log_decay is not None:
         far.mul_(log_decay.to(wide).exp()[..., None, None])
     counts = count.tolist()
     write = _write_even_ if counts.count(counts[0]) == B else _write_uneven_
-    write(state, k, v, phi_k if reads else None, counts, window, sinks, outer)
+    write(state, k, v, phi_k, counts, window, sinks, outer)
     count.add_(1)
     if not slots and phi_q is not None:
-        phi_q = expanded(phi_q, outer)
+        phi_q = expanded(code_shares(phi_q, outer)[0] if logits else phi_q, outer)
         out = torch.matmul(phi_q.view(B, Hk, -1, far.shape[2]).to(wide), far)
         return (out[..., :-1] / (out[..., -1:] + EPS)).to(v.dtype).view(B, -1, V)
-    logits = torch.bmm(q.reshape(B * Hk, -1, K), keys.view(-1, slots, K).mT).to(wide)
+    near = _wide(torch.bmm(q.reshape(B * Hk, -1, K), keys.view(-1, slots, K).mT), wide)
     if min(counts) < slots - 1:
         empty = torch.arange(slots, device=q.device) >= count[:, None]
-        logits.view(B, -1, slots).masked_fill_(empty[:, None], -torch.inf)
-    if not reads or phi_q is None or log_scale is None:
-        weight = torch.softmax(logits, -1).to(v.dtype)
+        near.view(B, -1, slots).masked_fill_(empty[:, None], -torch.inf)
+    if phi_q is None or log_scale is None or max(counts) < slots:  # nothing is far yet
+        weight = _wide(torch.softmax(near, -1), values.dtype)
         return torch.bmm(weight, values.view(-1, slots, V)).view(B, -1, V)
-    return _read(logits, expanded(phi_q, outer), log_scale, state, relative).to(v.dtype).view(B, -1, V)
+    if logits and log_decay is None and min(counts) >= slots:
+        return _wide(_read_cells(near, phi_q, log_scale, state, outer), v.dtype).view(B, -1, V)
+    if logits:
+        phi_q, total = code_shares(phi_q, outer)
+        log_scale = log_scale + total
+    return _read(near, expanded(phi_q, outer), log_scale, state, relative).to(v.dtype).view(B, -1, V)
+
+
+def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Spare the call that would change nothing: there are tens of them a token."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _read_cells(near: Tensor, codes: Tensor, log_scale: Tensor, state: WindowState, outer: int) -> Tensor:
+    """Read slots and cells by one softmax over the logits of both; [B Hk, r, V].
+
+    Its scale cancels in the quotient. No underflow can leave nothing: cells that hold keys weigh e^-60 of the largest.
+    """
+    far, values, groups, slots = state.far, state.values, near.shape[0], near.shape[2]
+    first, second = codes.split((outer, codes.shape[-1] - outer), -1)
+    first = first + log_scale.expand(first.shape[:-1]).unsqueeze(-1)
+    cells = (first.unsqueeze(-1) + second.unsqueeze(-2)).view(groups, -1, far.shape[2])
+    weight, cells = torch.cat((near, _wide(cells, near.dtype)), -1).softmax(-1).split((slots, far.shape[2]), -1)
+    read = torch.bmm(cells, far.view(groups, *far.shape[2:]))
+    total = weight.sum(-1, keepdim=True).add_(read[..., -1:])
+    out = torch.bmm(_wide(weight, values.dtype), values.view(groups, slots, -1))
+    return (read[..., :-1] + out).div_(total)
 
 
 def _read(logits: Tensor, phi_q: Tensor, log_scale: Tensor, state: WindowState, relative: bool) -> Tensor:
@@ -91,7 +120,8 @@ def _read(logits: Tensor, phi_q: Tensor, log_scale: Tensor, state: WindowState, 
 
 def _push_(far: Tensor, phi: Tensor, v: Tensor) -> None:
     """Add phi [.., F] times [v, 1] [.., V + 1] to the far state [.., F, V + 1]."""
-    far.narrow(-1, 0, v.shape[-1]).addcmul_(phi[..., None].to(far.dtype), v[..., None, :].to(far.dtype))
+    phi, v = _wide(phi, far.dtype), _wide(v, far.dtype)
+    far.narrow(-1, 0, v.shape[-1]).addcmul_(phi.unsqueeze(-1), v.unsqueeze(-2))
     far.select(-1, -1).add_(phi)
 
 
