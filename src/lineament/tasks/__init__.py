@@ -13,7 +13,9 @@ from lineament.tasks.perplexity import (
     perplexity_by_length,
 )
 from lineament.tasks.predictions import token_nll
+from lineament.tasks.recall import RECALLS, Recall, recall_loss, score_recall
 from lineament.tasks.retrieval import (
+    FACTS,
     Prompt,
     Prompts,
     Retrieval,
@@ -26,7 +28,9 @@ from lineament.tasks.shared_haystack import Body, make_bodies, score_bodies
 from lineament.tasks.templates import KINDS, SETS
 
 __all__ = [
+    "FACTS",
     "KINDS",
+    "RECALLS",
     "SETS",
     "Agreement",
     "Body",
@@ -35,6 +39,7 @@ __all__ = [
     "Perplexity",
     "Prompt",
     "Prompts",
+    "Recall",
     "Retrieval",
     "Speed",
     "agreement",
@@ -52,8 +57,10 @@ __all__ = [
     "perplexity",
     "perplexity_by_length",
     "prefill_speed",
+    "recall_loss",
     "score",
     "score_bodies",
+    "score_recall",
     "token_nll",
     "train_examples",
 ]

@@ -22,6 +22,7 @@ DIGITS = 5  # in a code, for kinds that ask for one
 SHORT_DIGITS = 4  # in a code of a list or of a pair
 WORDS = 3  # in a password
 ENTRIES = 6  # in a key-value list
+NEEDLES = 4  # facts of the multi- kinds
 GOLDEN = 0.6180339887498949  # its multiples spread evenly between 0 and 1, for any count
 SPARED = 8  # tokens that stay in front of every fact: the first ones are sinks, which every student sees
 
@@ -33,7 +34,7 @@ class Prompt:
     Args:
         ids: int64 [T], exactly as long as asked for, the answer at the end.
         answer: bool [T], True where a token of the answer stands. Two needles have two answers and words between them.
-        kind: one of `KINDS`.
+        kind: a key of `FACTS`.
         distance: tokens between the (nearest) fact and the question's end.
     """
 
@@ -98,8 +99,10 @@ def make_prompts(
 
     Args:
         tokenizer: of the model.
-        kind: "digits" (a code), "words" (three words), "two-needles" (two codes at different depths, both asked for) or
-            "key-value" (a list of six entries, one asked for).
+        kind: "digits" (a code), "words" (three words), "two-needles" (two codes at different depths, both asked for),
+            "key-value" (a list of six entries, one asked for); or four codes at different depths: "multi-key" (of four
+            subjects, one asked for), "multi-value" (of one subject, asked for in their order), "multi-query" (of four
+            subjects, all asked for).
         length: tokens of prompt and answer together.
         count: how many.
         filler: documents to hide the facts in (a `Haystack` made once saves time).
@@ -111,8 +114,8 @@ def make_prompts(
     Raises:
         InputError: unknown kind or templates, or the length leaves no room beyond `beyond`.
     """
-    if kind not in KINDS:
-        raise unknown("kind of retrieval", kind, KINDS)
+    if kind not in FACTS:
+        raise unknown("kind of retrieval", kind, FACTS)
     if templates not in SETS:
         raise unknown("set of templates", templates, SETS)
     hay = filler if isinstance(filler, Haystack) else Haystack(filler, tokenizer)
@@ -158,10 +161,10 @@ def _words(wording: Wording, random: torch.Generator) -> tuple[Facts, Asked]:
     return [f"{before} {words}{after}"], asked
 
 
-def _two(wording: Wording, random: torch.Generator) -> tuple[Facts, Asked]:
+def _two(wording: Wording, random: torch.Generator, count: int = 2) -> tuple[Facts, Asked]:
     before, after = _choose(wording.codes, random)
     facts, asked = [], []
-    for number, subject in enumerate(_pick(wording.subjects, 2, random)):
+    for number, subject in enumerate(_pick(wording.subjects, count, random)):
         start, code = before.format(x=subject), _code(SHORT_DIGITS, random)
         facts.append(f"{start} {code}{after}")
         asked += [(start if number == 0 else f". {start}", False), (f" {code}", True)]
@@ -177,11 +180,33 @@ def _key_value(wording: Wording, random: torch.Generator) -> tuple[Facts, Asked]
     return [heading + listed], [(start, False), (f" {code}", True)]
 
 
+def _multi_key(wording: Wording, random: torch.Generator) -> tuple[Facts, Asked]:
+    facts, asked = _two(wording, random, NEEDLES)
+    number = int(torch.randint(NEEDLES, (1,), generator=random))
+    (before, _), code = asked[2 * number], asked[2 * number + 1]
+    return facts, [(before.removeprefix(". "), False), code]
+
+
+def _multi_value(wording: Wording, random: torch.Generator) -> tuple[Facts, Asked]:
+    (before, after), (subject,) = _choose(wording.codes, random), _pick(wording.subjects, 1, random)
+    start, codes = before.format(x=subject), []
+    while len(codes) < NEEDLES:
+        codes += [code for code in (_code(SHORT_DIGITS, random),) if code not in codes]
+    asked: Asked = [(start, False)]
+    for number, code in enumerate(codes):
+        asked += [(",", False)] * (number > 0) + [(f" {code}", True)]
+    return [f"{start} {code}{after}" for code in codes], asked
+
+
+IN_ORDER = ("multi-value",)  # kinds whose facts stand in the text in the order in which they are asked for
 FACTS: dict[str, Callable[[Wording, torch.Generator], tuple[Facts, Asked]]] = {
     "digits": _digits,
     "words": _words,
     "two-needles": _two,
     "key-value": _key_value,
+    "multi-key": _multi_key,
+    "multi-value": _multi_value,
+    "multi-query": lambda wording, random: _two(wording, random, NEEDLES),
 }
 
 
@@ -226,6 +251,7 @@ def _assemble(
         raise InputError(f"a {kind} prompt of {length} tokens has no room beyond {beyond}; give at least {need} tokens")
     farthest = room - SPARED
     places = [nearest + (farthest - nearest) * ((depth + n / len(needles)) % 1.0) for n in range(len(needles))]
+    places = sorted(places, reverse=True) if kind in IN_ORDER else places
     pieces = hay.draw(room, random)
     body, behind = insert(pieces, [(n, int(p)) for n, p in zip(needles, places, strict=True)])
     ids = torch.cat([torch.tensor(prefix, dtype=torch.int64), body, torch.tensor(end)])
