@@ -18,6 +18,8 @@
 - `decoder_config("gated-deltanet", ratio="3:1", ...)`, `DecoderForCausalLM(config)`: decoders from scratch around any
   mixer, hybrid by ratio or list. `FAMILIES`, `Family`: block choices by paper. `full_layers(ratio, layers)`,
   `match_parameters(config, other)`: arms of equal size; `parameters(config)`.
+- `attn_implementation="subsampled"`, `with subsampled(model, Subsampling(...))`, `self_ensemble(model, ...)`: random
+  parts of attention while training, dense afterwards, and averages over random sub-models.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
@@ -37,6 +39,7 @@ from lineament.models.student import (
     register_all,
     student_class,
 )
+from lineament.models.subsampled import self_ensemble, subsampled
 from lineament.models.tiny import tiny, tiny_teacher
 
 register_all()
@@ -72,8 +75,10 @@ __all__ = [
     "register_all",
     "register_decoder",
     "register_encoders",
+    "self_ensemble",
     "sliding_layers",
     "student_class",
+    "subsampled",
     "tiny",
     "tiny_teacher",
     "write_text",

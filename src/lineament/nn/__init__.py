@@ -5,6 +5,7 @@
 - `Mixer(config, Slots(...))`: a whole layer from scratch around a head mixer; `MixerCache` is what it keeps.
 - `FEATURE_MAPS`: phi of linear attention.
 - `Rows`: padding and packing of a block. `KeyValues`, `causal_softmax`: ordinary attention over a growing buffer.
+- `SubsampledAttention(width, heads, Subsampling(...))`: self-attention over a random part of the sources in training.
 - `quiet_log_scale`: where a far part starts unheard.
 """
 
@@ -18,6 +19,7 @@ from lineament.nn.mixer import Mixer, MixerCache, Slots
 from lineament.nn.rows import Rows
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.softmax import KeyValues, causal_softmax
+from lineament.nn.subsampled import SubsampledAttention, Subsampling
 from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow, quiet_log_scale
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "ShortConv",
     "Slots",
     "SoftmaxWindow",
+    "SubsampledAttention",
+    "Subsampling",
     "build",
     "causal_softmax",
     "check_heads_input",

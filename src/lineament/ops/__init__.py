@@ -5,6 +5,7 @@
 - `linear_attention`: feature maps under a running normaliser. `bidirectional_attention`: the same, not causal.
 - `windowed_linear_attention`: exact softmax on a window and sinks, feature maps elsewhere, one denominator;
   `windowed_step_` is its step. `lolcats_attention`: the published form. `window_attention`: window and sinks alone.
+- `subsampled_attention`: softmax over a random part of the sources, for training and ensembles.
 """
 
 from lineament.ops.bidirectional import bidirectional_attention
@@ -17,6 +18,7 @@ from lineament.ops.recurrence import (
     delta_rule,
     delta_step_,
 )
+from lineament.ops.subsampled import subsampled_attention, subsampled_connections
 from lineament.ops.window import (
     WindowState,
     lolcats_attention,
@@ -38,6 +40,8 @@ __all__ = [
     "linear_attention",
     "lolcats_attention",
     "lolcats_step_",
+    "subsampled_attention",
+    "subsampled_connections",
     "window_attention",
     "windowed_linear_attention",
     "windowed_step_",

@@ -1,0 +1,40 @@
+"""SSA's experiment: its mechanics at a reduced scale; the claim itself takes minutes."""
+
+import math
+
+import pytest
+
+from lineament import papers
+from lineament._base.errors import InputError
+from lineament.data import load_images
+
+
+@pytest.fixture(autouse=True)
+def digits():
+    try:
+        load_images("digits")
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def test_the_mechanics_run_and_give_no_verdict():
+    evidence = papers.experiment("ssa")("smoke")
+    assert evidence.passed is None
+    rows = {row["trained"]: row for row in evidence.rows if "held" not in row}
+    assert set(rows) == {"dense", "unbiased", "local"}
+    for row in rows.values():
+        assert all(math.isfinite(row[f"{way}, NLL"]) for way in ("dense pass", "one sub-model", "ensemble"))
+        # the mean of probabilities is never worse than the mean of their logs
+        assert row["ensemble, NLL"] <= row["one sub-model, NLL"]
+
+
+def test_a_scale_that_is_none_is_named():
+    with pytest.raises(ValueError, match="unknown scale 'smal'"):
+        papers.experiment("ssa")("smal")
+
+
+@pytest.mark.slow
+def test_averaging_sub_models_helps():
+    evidence = papers.experiment("ssa")("small")
+    rules = [row for row in evidence.rows if "held" in row]
+    assert rules[0]["held"]
