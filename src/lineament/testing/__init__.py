@@ -1,4 +1,4 @@
-"""The batteries any new row joins: every backend of an operator, every head mixer. Needs no test runner.
+"""The batteries any new row joins: every backend of an operator, head mixer, merge. Needs no test runner.
 
 A broken law is an AssertionError that says which law, where, and by how much. With pytest, one test per law:
 
@@ -8,16 +8,19 @@ A broken law is an AssertionError that says which law, where, and by how much. W
 """
 
 from lineament.testing.compare import TOLERANCE, rms, same
+from lineament.testing.merge import MERGE_LAWS, check_merge
 from lineament.testing.mixer import MIXER_LAWS, MixerCase, check_mixer
 from lineament.testing.op import INPUTS, OP_LAWS, OpCase, check_op
 
 __all__ = [
     "INPUTS",
+    "MERGE_LAWS",
     "MIXER_LAWS",
     "OP_LAWS",
     "TOLERANCE",
     "MixerCase",
     "OpCase",
+    "check_merge",
     "check_mixer",
     "check_op",
     "rms",

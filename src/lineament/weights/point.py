@@ -163,12 +163,16 @@ class Point(Mapping[str, Tensor]):
         Raises:
             InputError: no such name, or an integer tensor on which the models differ.
         """
+        return wide(self.read(name))
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as stored where the point is one source, and else its value in float32 or wider."""
         spec, owner = self._known(name), self.ties.get(name, name)
         if not spec.floating:
             return self._agreed(owner)
         found = self._coefficients(owner)
         if len(found) == 1 and found[0][1] == 1.0:
-            return wide(found[0][0].load(owner))
+            return found[0][0].load(owner)
         total: Tensor | None = None
         for source, c in found:
             x = source.load(owner)
@@ -186,11 +190,7 @@ class Point(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self:
             raise KeyError(name)
-        spec, owner = self._known(name), self.ties.get(name, name)
-        found = self._coefficients(owner) if spec.floating else []
-        if len(found) == 1 and found[0][1] == 1.0:
-            return found[0][0].load(owner).to(spec.dtype)  # as stored, never through float32
-        return self.value(name).to(spec.dtype)
+        return self.read(name).to(self._known(name).dtype)
 
     def __contains__(self, name: object) -> bool:
         owner = self.ties.get(name, name) if isinstance(name, str) else name
