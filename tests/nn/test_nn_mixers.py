@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lineament._base.errors import InputError
 from lineament.nn import BUILDERS, LayerState, MixerConfig, Rows, build, causal_softmax, quiet_log_scale
 from lineament.nn.codes import start_codes
 from lineament.nn.feature_maps import Product
@@ -15,14 +16,15 @@ OPTIONS = {
     "kda": {"key_norm": "query"},
 }
 PRODUCT = {"map": "product", "codes": 3, "log_scale": -0.5, "decay": True, "query_scale": True}
-KINDS = [*sorted(BUILDERS), "product-window"]
+PRODUCTS = {"product-window": PRODUCT, "product-groups": {**PRODUCT, "codes": [3, 2, 3]}}
+KINDS = [*sorted(BUILDERS), *PRODUCTS]
 
 
 def mixer(kind, full=(), **changes):
     torch.manual_seed(0)
     fields = {"window": 6, "sinks": 2, "options": OPTIONS.get(kind, {}), **changes}
-    if kind == "product-window":
-        kind, fields = "hedgehog-window", {**fields, "options": PRODUCT}
+    if kind in PRODUCTS:
+        kind, fields = "hedgehog-window", {**fields, "options": PRODUCTS[kind]}
     config = MixerConfig(
         kind=kind, heads=HQ, key_heads=HK, key_width=K, value_width=K, model_width=D, full_heads=full, **fields
     )
@@ -145,7 +147,7 @@ def test_a_window_over_everything_is_softmax(kind):
 
 
 @pytest.mark.parametrize("window", [0, 6])
-@pytest.mark.parametrize("kind", ["hedgehog-window", "product-window"])
+@pytest.mark.parametrize("kind", ["hedgehog-window", *PRODUCTS])
 @torch.no_grad()
 def test_dense_weights_are_what_the_layer_computes(kind, window):
     m, (q, k, v, x) = mixer(kind, window=window), problem()
@@ -153,6 +155,24 @@ def test_dense_weights_are_what_the_layer_computes(kind, window):
     share = m.filling.log_weights(q[:, rows], k, rows).softmax(-1)
     o = (share @ v.repeat_interleave(2, 2).transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(o, m(q, k, v, x=x)[0][:, rows], rtol=0, atol=1e-7)
+
+
+@torch.no_grad()
+def test_heads_with_other_codebooks_are_fillings_of_their_own():
+    m, (q, k, v, x) = mixer("product-groups"), problem()
+    (few, small), (many, large) = m.filling.groups.values()
+    assert (few, many) == ((1,), (0, 2))
+    o = m(q, k, v, x=x)[0]
+    close(o[:, :, 2:4], small(q[:, :, 2:4], k[:, :, 1:2], v[:, :, 1:2], x=x)[0])
+    close(o[:, :, [0, 1, 4, 5]], large(q[:, :, [0, 1, 4, 5]], k[:, :, [0, 2]], v[:, :, [0, 2]], x=x)[0])
+
+
+def test_codes_per_head_name_every_head():
+    config = {"kind": "hedgehog-window", "heads": 6, "key_heads": 3, "key_width": 8, "value_width": 8, "model_width": 9}
+    with pytest.raises(InputError, match="codes has 2 entries; the layer has 3 key-value heads"):
+        build(MixerConfig(options={"map": "product", "codes": [3, 2]}, **config))
+    with pytest.raises(InputError, match="give log_scale as one number"):
+        build(MixerConfig(options={"map": "product", "codes": [3, 2, 3], "log_scale": [0.0] * 6}, **config))
 
 
 @torch.no_grad()

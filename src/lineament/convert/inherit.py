@@ -11,6 +11,7 @@ from lineament.convert.transfer import LayerPool
 from lineament.nn import HedgehogWindow, MixerConfig, quiet_log_scale
 from lineament.nn.codes import start_codes
 from lineament.nn.feature_maps import Product
+from lineament.nn.groups import HeadGroups
 
 WINDOWED = ("hedgehog-window", "lolcats", "softmax-window")
 
@@ -19,13 +20,14 @@ def mixer_configs(
     plan: Plan,
     shapes: Mapping[int, Mapping[str, int]],
     full: Mapping[int, Sequence[int]],
-    codes: Mapping[int, int] | None = None,
+    codes: Mapping[int, Sequence[int]] | None = None,
 ) -> dict[int, MixerConfig]:
     """Return {layer: MixerConfig} of every layer that is not wholly kept.
 
     Args:
         shapes: {layer: heads, key_heads, key_width, value_width, model_width} of the layers that may be replaced.
-        full: {layer: key-value heads that stay softmax}. codes: {layer: codes of its product map}, over the options'.
+        full: {layer: key-value heads that stay softmax}. codes: {layer: codes of each key-value head}, over
+            the options'.
     """
     layers = max(shapes, default=-1) + 1
     found = {}
@@ -35,7 +37,7 @@ def mixer_configs(
             continue
         options = dict(plan.options)
         if codes:
-            options["codes"] = codes[layer]
+            options["codes"] = list(codes[layer])
         if plan.mixer == "lightning":
             options = {"layer": layer, "layers": layers, **options}
         found[layer] = MixerConfig(
@@ -56,6 +58,16 @@ def calibrate(mixer: nn.Module, pool: LayerPool, *, window: int, sinks: int, sha
     Returns:
         What was set, for the log.
     """
+    if isinstance(mixer, HeadGroups):
+        split = {name: [mixer.parts(x) for x in getattr(pool, name)] for name in ("q", "k", "v", "target")}
+        return {
+            name: calibrate(
+                filling,
+                LayerPool(**{n: [one[i][0] for one in xs] for n, xs in split.items()}, x=pool.x),
+                window=window, sinks=sinks, share=share,
+            )
+            for i, (name, filling) in enumerate(mixer.fillings.items())
+        }  # fmt: skip
     said: dict[str, Any] = {}
     scale = getattr(mixer, "log_scale", None)
     if isinstance(mixer, HedgehogWindow) and isinstance(mixer.map_q, Product) and isinstance(mixer.map_k, Product):

@@ -1,6 +1,6 @@
 """What a conversion would do to a model, from its config and headers alone: no weights are loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,20 +69,26 @@ def state_bytes(info: ModelInfo, plan: Plan, *, number: int = 4) -> int:
         total, kept = (info.layers - len(info.kept_layers)) * info.key_heads, kept_count(info, plan)
         room = (plan.state_share * total - kept) * softmax_bytes(info, SHARE_CONTEXT, number=number)
         return max(0, int(room / max(1, total - kept)))
+    if plan.options.get("map") == "product":
+        codes = int(plan.options.get("codes", 16))
+        cells, exact = product_numbers(plan, {"key_width": K, "value_width": K}, codes)
+        return cells * STATE_BYTES + exact * number
     features = {"hedgehog-window": 2 * K, "hedgehog": 2 * K, "lolcats": 2 * K, "softmax-window": 0, "performer": 2 * K,
                 "cosformer": 2 * K, "taylor": 1 + K + K * K}.get(plan.mixer, K)  # fmt: skip
     if plan.options.get("features"):
         features = 2 * int(plan.options["features"])
-    columns = features
-    if plan.options.get("map") == "product":
-        codes = int(plan.options.get("codes", 16))
-        features, columns = codes * codes, 2 * codes
     normalised = plan.mixer not in ("lightning", "gated-deltanet", "kda")
     state = features * (K + normalised) * STATE_BYTES
     if plan.mixer not in ("hedgehog-window", "lolcats", "softmax-window"):
         return state
-    exact = (plan.window + plan.sinks) * (2 * K + columns)
+    exact = (plan.window + plan.sinks) * (2 * K + features)
     return state + exact * number
+
+
+def product_numbers(plan: Plan, shape: Mapping[str, int], codes: int) -> tuple[int, int]:
+    """Return how many numbers one key-value head with product codes remembers: in its cells, and exactly."""
+    exact = (plan.window + plan.sinks) * (shape["key_width"] + shape["value_width"] + 2 * codes)
+    return codes * codes * (shape["value_width"] + 1), exact
 
 
 def kept_count(info: ModelInfo, plan: Plan) -> int:

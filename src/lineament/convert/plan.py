@@ -34,7 +34,7 @@ class Plan:
         keep: what stays softmax: "none", "all" (a control: the teacher tuned), "every:4" (layers 3, 7, 11, ...),
             "0,7,15", "auto:N" layers or "auto-heads:F" of all key-value heads, the last two by the damage table.
         state_share: share of the teacher's cache at 32k tokens that all of the student's may take; the codes of a
-            product map are then given to layers by their damage. 0: every layer has as many as `options` says.
+            product map are then given to heads by their damage. 0: every head has as many as `options` says.
         damage, damage_tokens, damage_prompts: how that table is made ("measured" head by head, "gates":
             one backward through gates, "both"), on how many calibration tokens and retrieval prompts.
         learns: globs over the names of a mixer's parameters: what transfer may change.

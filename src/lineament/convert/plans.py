@@ -29,7 +29,7 @@ PLANS: dict[str, Plan] = {
     ),
     "no-softmax": Plan(
         name="no-softmax",
-        about="Ours without any softmax head: codes given to layers by damage, a cache of 2 % at 32k tokens.",
+        about="Ours without any softmax head: codes given to heads by damage, a cache of 2 % at 32k tokens.",
         **OURS,
         options={"map": "product", "query_scale": True},
         keep="none",

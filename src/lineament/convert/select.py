@@ -16,7 +16,7 @@ import torch
 
 from lineament import io
 from lineament._base.errors import InputError
-from lineament.convert.inspect import SHARE_CONTEXT
+from lineament.convert.inspect import SHARE_CONTEXT, product_numbers
 from lineament.convert.plan import Plan, parse_keep
 
 SHIPPED = ("smollm2.json",)
@@ -151,54 +151,56 @@ def kept_heads(plan: Plan, layers: int, key_heads: int, table: DamageTable | Non
     return {layer: tuple(heads) for layer, heads in kept.items()}
 
 
-CODES = (16, 32, 64)  # of a layer's codebooks, when codes are given out by damage
+CODES = (16, 32, 64, 128)  # of a head's codebooks, when codes are given out by damage
 
 
-def allotted_codes(plan: Plan, shapes: dict[int, dict[str, int]], full: Heads, table: DamageTable) -> dict[int, int]:
-    """Give every converted layer its codes, so that the whole cache stays within `plan.state_share`.
+def allotted_codes(
+    plan: Plan, shapes: dict[int, dict[str, int]], full: Heads, table: DamageTable
+) -> dict[int, tuple[int, ...]]:
+    """Give every converted head its codes, so that the whole cache stays within `plan.state_share`.
 
-    A layer's features grow with the square root of what its converted heads are worth, in steps of `CODES`.
+    A head's features grow with what it is worth, in steps of `CODES`: a searching head must tell
+    many keys apart, most heads few.
 
     Args:
         shapes: {layer: key_heads, key_width, value_width, ...} of the layers that may be converted.
+
+    Returns:
+        {layer: codes of each key-value head}, the fewest for heads that stay softmax.
 
     Raises:
         InputError: the share has no room even for the fewest codes.
 
     Example:
-        >>> shapes = {i: {"key_heads": 1, "key_width": 8, "value_width": 8} for i in (0, 1)}
-        >>> worth = [[1.0], [9.0]]
+        >>> shapes = {i: {"key_heads": 2, "key_width": 8, "value_width": 8} for i in (0, 1)}
+        >>> worth = [[1.0, 1.0], [1.0, 9.0]]
         >>> table = DamageTable(teacher="", window=4, sinks=1, perplexity=worth, kl=worth, retrieval=worth)
-        >>> plan = Plan(window=4, sinks=1, state_share=0.013, options={"map": "product"})
+        >>> plan = Plan(window=4, sinks=1, state_share=0.009, options={"map": "product"})
         >>> allotted_codes(plan, shapes, {}, table)
-        {0: 16, 1: 32}
+        {0: (16, 16), 1: (16, 32)}
     """
-    scores, worth, room = table.scores(), {}, 0.0
+    scores, room = table.scores(), 0.0
+    found = {layer: [CODES[0]] * shape["key_heads"] for layer, shape in shapes.items()}
+    steps = []
     for layer, shape in shapes.items():
-        whole, kept = SHARE_CONTEXT * (shape["key_width"] + shape["value_width"]), full.get(layer, ())
-        room += whole * (plan.state_share * shape["key_heads"] - len(kept))
-        if rest := [h for h in range(shape["key_heads"]) if h not in kept]:
-            worth[layer] = (math.sqrt(sum(scores[layer][h] for h in rest)), len(rest))
-    found = dict.fromkeys(worth, CODES[0])
-
-    def numbers(codes: dict[int, int]) -> int:
-        return sum(
-            worth[layer][1]
-            * (c * c * (shapes[layer]["value_width"] + 1)
-               + (plan.window + plan.sinks) * (shapes[layer]["key_width"] + shapes[layer]["value_width"] + 2 * c))
-            for layer, c in codes.items()
+        kept = full.get(layer, ())
+        room += SHARE_CONTEXT * (shape["key_width"] + shape["value_width"]) * (
+            plan.state_share * shape["key_heads"] - len(kept)
         )  # fmt: skip
-
-    if numbers(found) > room:
+        for head in set(range(shape["key_heads"])) - set(kept):
+            room -= sum(product_numbers(plan, shape, CODES[0]))
+            worth = max(scores[layer][head], 1e-9)
+            steps += [(codes * codes / worth, layer, head, codes) for codes in CODES[1:]]
+    if room < 0:
         raise InputError(
             f"state_share {plan.state_share}: the softmax heads, windows and the smallest states need more of the "
             f"teacher's cache at {SHARE_CONTEXT} tokens; keep fewer heads or raise the share"
         )
-    steps = sorted((c * c / max(w, 1e-9), layer, c) for layer, (w, _) in worth.items() for c in CODES[1:])
-    for _, layer, codes in steps:
-        if numbers(found | {layer: codes}) <= room:
-            found[layer] = codes
-    return found
+    for _, layer, head, codes in sorted(steps):
+        now, then = (sum(product_numbers(plan, shapes[layer], c)) for c in (found[layer][head], codes))
+        if then - now <= room:
+            found[layer][head], room = codes, room - (then - now)
+    return {layer: tuple(codes) for layer, codes in found.items() if len(full.get(layer, ())) < len(codes)}
 
 
 def exact_part(plan: Plan) -> tuple[int, int]:

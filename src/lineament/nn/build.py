@@ -1,8 +1,9 @@
 """Head mixers by name."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from lineament.nn.additive import Lightning, LinearHeads
 from lineament.nn.config import MixerConfig
 from lineament.nn.delta import DeltaHeads
 from lineament.nn.feature_maps import FEATURE_MAPS
+from lineament.nn.groups import HeadGroups
 from lineament.nn.heads import ConvertedHeads
 from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow
 
@@ -67,8 +69,26 @@ def build(config: MixerConfig) -> ConvertedHeads:
     if isinstance(scale, list | tuple) and len(scale) == config.heads and config.full_heads:
         full = {h * config.groups + g for h in config.full_heads for g in range(config.groups)}
         options["log_scale"] = [s for h, s in enumerate(scale) if h not in full]
+    codes = options.get("codes")
     try:
+        if isinstance(codes, list | tuple):
+            return ConvertedHeads(config, _by_codes(config, codes, options))
         filling = BUILDERS[config.kind](config.with_heads(rest * config.groups, rest), **options)
     except TypeError as error:
         raise InputError(f"the mixer {config.kind} can't take the options {options}: {error}") from None
     return ConvertedHeads(config, filling)
+
+
+def _by_codes(config: MixerConfig, codes: Sequence[int], options: dict[str, Any]) -> nn.Module:
+    """One filling for the heads of each size of codebook; `codes` has one entry per key-value head of the layer."""
+    if len(codes) != config.key_heads:
+        raise InputError(f"codes has {len(codes)} entries; the layer has {config.key_heads} key-value heads")
+    if isinstance(options.get("log_scale"), list | tuple):
+        raise InputError("log_scale per head and codes per head don't go together; give log_scale as one number")
+    rest = [c for h, c in enumerate(codes) if h not in config.full_heads]
+    groups = {}
+    for size in sorted(set(rest)):
+        heads = tuple(h for h, c in enumerate(rest) if c == size)
+        own = config.with_heads(len(heads) * config.groups, len(heads))
+        groups[f"codes_{size}"] = (heads, BUILDERS[config.kind](own, **(options | {"codes": size})))
+    return HeadGroups(groups, config.groups) if len(groups) > 1 else next(iter(groups.values()))[1]

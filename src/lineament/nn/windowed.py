@@ -32,7 +32,8 @@ class HedgehogWindow(nn.Module):
 
     Args:
         config: the shape. map: a key of `FEATURE_MAPS` (not cosformer). features, form, bias, temperature: the
-            map's own (see `Hedgehog`). codes: of the map "product", whose lambda counts from its own log sums.
+            map's own (see `Hedgehog`). codes: of the map "product", whose lambda counts from its own log sums; `build`
+            also takes a list, one number per key head of the layer.
         key_gate: learn `g(k) = e^{w.k + b}` per key head (w = b = 0 at the start).
         query_scale: learn lambda per query, `u.q + b` (u = 0 at the start), not only b per head.
         decay: learn one log decay per key head for the far state.
