@@ -20,6 +20,7 @@
   `match_parameters(config, other)`: arms of equal size; `parameters(config)`.
 - `attn_implementation="subsampled"`, `with subsampled(model, Subsampling(...))`, `self_ensemble(model, ...)`: random
   parts of attention while training, dense afterwards, and averages over random sub-models.
+- `sequence_parallel_loss(model, input_ids)`: sequences spread over ranks; `average_gradients_(model)` without DDP.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
@@ -30,6 +31,7 @@ from lineament.models.encoder import build_encoder, encoder_mixers, register_enc
 from lineament.models.families import FAMILIES, Family, decoder_config, full_layers, match_parameters, parameters
 from lineament.models.generate import cache_nbytes, write_text
 from lineament.models.load import find_model, load_teacher
+from lineament.models.parallel import average_gradients_, sequence_parallel_loss
 from lineament.models.student import (
     build_student,
     config_for,
@@ -57,6 +59,7 @@ __all__ = [
     "StudentCache",
     "adapter_for",
     "attentions",
+    "average_gradients_",
     "build_encoder",
     "build_student",
     "cache_nbytes",
@@ -76,6 +79,7 @@ __all__ = [
     "register_decoder",
     "register_encoders",
     "self_ensemble",
+    "sequence_parallel_loss",
     "sliding_layers",
     "student_class",
     "subsampled",

@@ -21,6 +21,8 @@ from transformers.utils import output_capturing
 from lineament._base.errors import InputError
 from lineament.models.cache import MixerLayer, StudentCache, adopt
 from lineament.nn import Rows, causal_softmax
+from lineament.ops.parallel import Part, active
+from lineament.ops.window import window_attention
 
 NAME = "lineament"
 
@@ -55,14 +57,18 @@ def attend(
     Returns:
         [B, T, Hq, V], and None (there are no weights to give).
     """
-    mixer = getattr(module, "mixer", None)
+    mixer, part = getattr(module, "mixer", None), active()
     packed = lineament_rows is not None and lineament_rows.valid is None
     sliding = getattr(module, "sliding_window", None) is not None or kwargs.get("softcap") is not None
-    if mixer is None and (sliding or not packed):
+    if mixer is None and part is None and (sliding or not packed):
         return ordinary(module, query, key, value, attention_mask, scaling, **kwargs)
     q = query.transpose(1, 2)
     q = q * (query.shape[-1] ** -0.5 if scaling is None else scaling) if scaling != 1.0 else q
     k, v = key.transpose(1, 2), value.transpose(1, 2)
+    if part is not None and mixer is None and sliding:
+        if kwargs.get("softcap") is not None:
+            raise InputError("a layer that squashes its attention logits can't run under sequence_parallel")
+        return window_attention(q, k, v, window=module.sliding_window, sinks=0), None  # type: ignore[arg-type]
     if mixer is None or lineament is None:
         return causal_softmax(q, k, v, rows=lineament_rows), None
     if lineament.memory is not None:
@@ -172,7 +178,9 @@ def prepared(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Add the cache and the padding and packing to a decoder's arguments."""
     given = kwargs.get("input_ids")
     given = kwargs["inputs_embeds"] if given is None else given
-    past = kwargs.get("past_key_values")
+    past, part = kwargs.get("past_key_values"), active()
+    if part is not None:
+        return _of_stretch(part, kwargs, given)
     if past is not None:
         kwargs["past_key_values"] = past = adopt(past, decoder.config)
     elif kwargs.get("use_cache") is None and decoder.training:
@@ -191,6 +199,21 @@ def prepared(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         else:
             kwargs["past_key_values"] = StudentCache(decoder.config)
     kwargs["lineament_rows"] = rows
+    return kwargs
+
+
+def _of_stretch(part: Part, kwargs: dict[str, Any], given: Tensor) -> dict[str, Any]:
+    """Prepare a call about one rank's stretch: positions of the whole sequence, its documents, no cache."""
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        raise InputError("under sequence_parallel a model keeps no cache; leave past_key_values and use_cache out")
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise InputError("under sequence_parallel rows have no padding; pack documents with cu_seqlens instead")
+    documents = part.check_call(given.shape[1], None)
+    if kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = part.positions(given.device)[None]
+    rows = None if documents is None else Rows.packed(documents.to(given.device), given.shape[1])
+    kwargs.update(attention_mask=None, use_cache=False, lineament_rows=rows)
     return kwargs
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lineament._base.errors import unknown
 from lineament.nn.config import MixerConfig
 from lineament.nn.feature_maps import FEATURE_MAPS
-from lineament.nn.rows import positions
+from lineament.nn.rows import beginnings, positions
 from lineament.nn.state import State, widened
 from lineament.nn.windowed import stepping
 from lineament.ops.linear import linear_attention
@@ -61,7 +61,7 @@ class LinearHeads(nn.Module):
         extra: tuple[Tensor, ...] = ()
         if self.needs_positions:
             rows = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-            state = state or CountedState(None, torch.zeros(rows, dtype=torch.int64, device=q.device))
+            state = state or CountedState(None, beginnings(rows, q.device))
             extra = (positions(q.shape[1], cu_seqlens, state.count),)
         phi_q, phi_k = self.map_q(q * self.root, *extra), self.map_k(k / self.root, *extra)
         sums = state.sums if self.needs_positions else state

@@ -10,7 +10,7 @@ from lineament._base.shapes import bind
 from lineament.nn.build import BUILDERS, build
 from lineament.nn.config import MixerConfig
 from lineament.nn.heads import HeadMixer, LayerState
-from lineament.nn.rows import Rows, positions
+from lineament.nn.rows import Rows, beginnings, positions
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.state import cloned, tree_map, widened
 
@@ -157,7 +157,7 @@ class Mixer(nn.Module):
             rows = Rows.make(padding_mask)
         documents = n["B"] if rows is None else len(rows.cu_seqlens) - 1
         count = cache.count if cache is not None else None
-        count = torch.zeros(documents, dtype=torch.int64, device=x.device) if count is None else count
+        count = beginnings(documents, x.device) if count is None else count
         q, k, v = self._projected(x, cache, rows)
         if self.slots.rope is not None:
             position = position_ids if position_ids is not None else self._positions(n["T"], rows, count)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lineament._base.errors import InputError
+from lineament.ops.parallel import active
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,9 @@ def positions(length: int, cu_seqlens: Tensor | None, count: Tensor) -> Tensor:
         return count[:, None] + steps
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True)
     return (steps - cu_seqlens[document] + count[document])[None]
+
+
+def beginnings(rows: int, device: torch.device) -> Tensor:
+    """Return the tokens that came before a call without a state, [rows] int64: 0, or what earlier ranks hold."""
+    part = active()
+    return torch.zeros(rows, dtype=torch.int64, device=device) if part is None else part.counts(rows, device)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from lineament._base.errors import InputError
+from lineament.ops.parallel import Part, active, exchange, tied
+
 
 class ShortConv(nn.Module):
     """`y_t = sum_j w_j x_{t-j}` per channel; starts as the identity tap unless `identity=False`.
@@ -39,6 +42,15 @@ class ShortConv(nn.Module):
         Returns:
             y [B, T, C] and the new tail.
         """
+        past, kept = self.width - 1, ()
+        part = active()
+        if part is not None:
+            cu_seqlens, (tail, halo) = part.check_call(x.shape[1], cu_seqlens), _halo(part, x, past, tail)
+            kept = (halo,)
+        y, tail = self._filtered(x, tail, cu_seqlens)
+        return tied(y, *kept) if kept else y, tail
+
+    def _filtered(self, x: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         past = self.width - 1
         if cu_seqlens is not None:
             return self._packed(x, tail, cu_seqlens)
@@ -71,3 +83,17 @@ class ShortConv(nn.Module):
         y = self._taps(nn.functional.pad(full, (0, 0, past, 0)), full.shape[1]).index_select(1, place)
         new = full[0].index_select(0, (ends[:, None] - past + offsets).flatten())
         return y, new.view(N, past, x.shape[2])
+
+
+def _halo(part: Part, x: Tensor, past: int, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the tail [rows, past, C] that earlier ranks hold of this rank's first document, and what was fetched."""
+    if tail is not None:
+        raise InputError("documents begin from nothing under sequence_parallel; leave the convolution's tail out")
+
+    def wants(rank: int) -> list[tuple[int, int]]:
+        return [(max(part.document_start(rank), part.starts[rank] - past), part.starts[rank])]
+
+    halo = exchange(part, x, wants, kind="halo")
+    first = torch.nn.functional.pad(halo, (0, 0, past - halo.shape[1], 0))
+    others = x.new_zeros(len(part.borders) - 2 if part.documents is not None else 0, past, x.shape[2])
+    return torch.cat([first, others]), halo

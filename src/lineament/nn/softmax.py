@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from lineament._base.errors import InputError
 from lineament.nn.rows import Rows
+from lineament.ops.parallel import Part, active, exchange, tied
 
 CHUNK = 256  # columns by which a full buffer grows: one copy of the cache per 256 tokens
+QUERIES = 1024  # of a parallel stretch that read the earlier ranks' keys at once
 
 
 class KeyValues:
@@ -123,6 +126,9 @@ def causal_softmax(
         [0.0, 1.5, 3.0]
     """
     seen = past.length if past is not None else 0
+    part = active()
+    if part is not None:
+        return _parallel(part, q, k, v, rows, past)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     valid = rows.valid if rows is not None else None
     keys, values = past.append(k, v, valid) if past is not None else (k, v)
@@ -151,3 +157,39 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
         if b > a
     ]
     return rows.unpack(torch.cat(parts, dim=2).transpose(1, 2)).transpose(1, 2)
+
+
+def _parallel(part: Part, q: Tensor, k: Tensor, v: Tensor, rows: Rows | None, past: KeyValues | None) -> Tensor:
+    """Softmax over the whole sequence: earlier ranks' keys and values of this rank's first document are fetched."""
+    if past is not None or (rows is not None and rows.valid is not None):
+        raise InputError("under sequence_parallel softmax heads take no cache (keep=False) and no padding")
+    part.check_call(q.shape[1], None if rows is None else rows.cu_seqlens)
+    Hk, widths = k.shape[2], [k.shape[3], v.shape[3]]
+
+    def wants(rank: int) -> list[tuple[int, int]]:
+        return [(part.document_start(rank), part.starts[rank])]
+
+    fetched = exchange(part, torch.cat([k, v], dim=-1).flatten(2), wants, kind="softmax")
+    earlier = fetched.unflatten(2, (Hk, -1)).split(widths, dim=-1)
+    outputs = []
+    for i, (a, b) in enumerate(zip(part.borders, part.borders[1:], strict=False)):
+        q_i, k_i, v_i = (x[:, a:b].transpose(1, 2) for x in (q, k, v))
+        if i == 0:
+            k_i, v_i = (
+                torch.cat([old.transpose(1, 2), new], dim=2) for old, new in zip(earlier, (k_i, v_i), strict=True)
+            )
+        outputs.append(_lower_right(q_i, k_i, v_i))
+    return tied(torch.cat(outputs, dim=2).transpose(1, 2), fetched)
+
+
+def _lower_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal softmax of the last T of L tokens, some queries at a time so that no [T, L] mask is made."""
+    outputs, behind = [], k.shape[2] - q.shape[2]
+    if not behind:
+        return _grouped(q, k, v, causal=True)
+    for start in range(0, q.shape[2], QUERIES):
+        block = q[:, :, start : start + QUERIES]
+        seen = behind + start + block.shape[2]
+        mask = torch.ones(block.shape[2], seen, dtype=torch.bool, device=q.device).tril(behind + start)[None, None]
+        outputs.append(_grouped(block, k[:, :, :seen], v[:, :, :seen], mask=mask))
+    return torch.cat(outputs, dim=2)

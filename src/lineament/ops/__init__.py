@@ -6,10 +6,13 @@
 - `windowed_linear_attention`: exact softmax on a window and sinks, feature maps elsewhere, one denominator;
   `windowed_step_` is its step. `lolcats_attention`: the published form. `window_attention`: window and sinks alone.
 - `subsampled_attention`: softmax over a random part of the sources, for training and ensembles.
+- `with sequence_parallel(tokens):` all of the above over torch.distributed, each rank with its stretch (`Part`,
+  `stretches`).
 """
 
 from lineament.ops.bidirectional import bidirectional_attention
 from lineament.ops.linear import linear_attention
+from lineament.ops.parallel import Part, sequence_parallel, stretches
 from lineament.ops.recurrence import (
     BACKENDS_DECAYED,
     BACKENDS_DELTA,
@@ -31,6 +34,7 @@ from lineament.ops.window import (
 __all__ = [
     "BACKENDS_DECAYED",
     "BACKENDS_DELTA",
+    "Part",
     "WindowState",
     "bidirectional_attention",
     "decayed_attention",
@@ -42,6 +46,8 @@ __all__ = [
     "lolcats_step_",
     "subsampled_attention",
     "subsampled_connections",
+    "sequence_parallel",
+    "stretches",
     "window_attention",
     "windowed_linear_attention",
     "windowed_step_",

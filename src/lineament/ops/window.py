@@ -17,6 +17,9 @@ from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
 from lineament.ops import window_traced
 from lineament.ops.linear import linear_attention
+from lineament.ops.parallel.collectives import tied
+from lineament.ops.parallel.part import Part, active, alone
+from lineament.ops.parallel.window import entering_state
 from lineament.ops.window_state import (
     WindowCall,
     WindowState,
@@ -214,22 +217,18 @@ def _attend(
     if not torch.compiler.is_compiling():  # (traced sizes may be symbols)
         _check(q, k, v, phi_q, phi_k, log_scale, log_decay, cu_seqlens, window, sinks)
         _check_outer(phi_q, outer)
-    (B, T, Hq, K), Hk = q.shape, k.shape[2]
+    B, T, Hq, _ = q.shape
+    own = active()
+    if own is not None:
+        cu_seqlens = own.check_call(T, cu_seqlens)
     if phi_q is None or phi_k is None or log_scale is None:
         phi_q, phi_k = q[..., :0], k[..., :0]
         log_scale = q.new_full((1,), -torch.inf).expand(Hq)
     log_scale = log_scale.expand(B, T, Hq)
     offsets = None if cu_seqlens is None else cu_seqlens.tolist()
     rows = B if offsets is None else len(offsets) - 1
-    if state is None:
-        counts = [0] * rows
-        state = empty_state(rows, Hk, K, v.shape[-1], phi_k.shape[-1], window=window, sinks=sinks, like=k,
-                            outer=outer)  # fmt: skip
-    else:
-        slots = [rows, Hk, window + sinks, K]
-        if list(state.keys.shape) != slots:
-            raise InputError(f"the state's keys have shape {list(state.keys.shape)}; these arguments need {slots}")
-        counts = state.count.tolist()
+    sizes = {"window": window, "sinks": sinks, "outer": outer}
+    state, counts, kept = _memory(own, state, k, v, phi_k, log_decay, rows, sizes)
     heads_first = [x.transpose(1, 2) for x in (k, v, phi_k)]
     outs, states = [], []
     traced = backend != "reference" and torch.compiler.is_compiling()
@@ -256,9 +255,28 @@ def _attend(
         ]
         states.append(WindowState(far, slots[0], slots[1], slots[2], past.count + keys.shape[2]))
     if len(states) == 1:
-        return outs[0], states[0]
+        return tied(outs[0], *kept) if kept else outs[0], states[0]
     o = torch.cat(outs, dim=0 if offsets is None else 1) if outs else v.new_empty(B, 0, Hq, v.shape[-1])
-    return o, WindowState(*(torch.cat(x) for x in zip(*states, strict=True)))
+    return tied(o, *kept) if kept else o, WindowState(*(torch.cat(x) for x in zip(*states, strict=True)))
+
+
+def _memory(
+    own: Part | None, state: WindowState | None, k: Tensor, v: Tensor, phi_k: Tensor, log_decay: Tensor | None,
+    rows: int, sizes: dict[str, int],
+) -> tuple[WindowState, list[int], tuple[Tensor, ...]]:  # fmt: skip
+    """Return the state before token 0, its counts, and what a parallel run must keep in the graph."""
+    if own is not None:
+        if state is not None:
+            raise InputError("documents begin from nothing under sequence_parallel; leave state out")
+        state, kept = entering_state(own, k, v, phi_k, log_decay, rows, **sizes)
+        return state, state.count.tolist(), kept
+    Hk, K = k.shape[2:]
+    if state is None:
+        return empty_state(rows, Hk, K, v.shape[-1], phi_k.shape[-1], like=k, **sizes), [0] * rows, ()
+    slots = [rows, Hk, sizes["window"] + sizes["sinks"], K]
+    if list(state.keys.shape) != slots:
+        raise InputError(f"the state's keys have shape {list(state.keys.shape)}; these arguments need {slots}")
+    return state, state.count.tolist(), ()
 
 
 def _check_outer(phi_q: Tensor | None, outer: int) -> None:
@@ -269,4 +287,5 @@ def _check_outer(phi_q: Tensor | None, outer: int) -> None:
 def _pure(call: WindowCall) -> tuple[Tensor, Tensor]:
     """No exact token at all: normalised linear attention."""
     phi_q, phi_k = (expanded(x, call.outer) for x in (call.phi_q, call.phi_k.transpose(1, 2)))
-    return linear_attention(phi_q, phi_k, call.v.transpose(1, 2), log_decay=call.log_decay, state=call.far)
+    with alone():  # under sequence_parallel the far state has come from the other ranks already
+        return linear_attention(phi_q, phi_k, call.v.transpose(1, 2), log_decay=call.log_decay, state=call.far)

@@ -8,6 +8,8 @@ from torch import Tensor
 from lineament._base.backends import Backend, choose
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
+from lineament.ops.parallel.part import active
+from lineament.ops.parallel.recurrence import run_parallel
 from lineament.ops.recurrence import autograd, chunked, reference
 from lineament.ops.recurrence.gates import floored
 from lineament.ops.recurrence.packed import checked_lengths, run_packed
@@ -130,6 +132,11 @@ def _run(
     Hs, wide = max(k.shape[2], v.shape[2]), torch.float32
     for x in (q, k, v, state):
         wide = wide if x is None else torch.promote_types(wide, x.dtype)
+    part = active()
+    if part is not None:
+        cu_seqlens = part.check_call(q.shape[1], cu_seqlens)
+        if cu_seqlens is not None and state is not None:
+            raise InputError("packed documents begin from nothing under sequence_parallel; leave state out")
     lengths = None if cu_seqlens is None else checked_lengths(cu_seqlens, q)
     rows = q.shape[0] if lengths is None else len(lengths)
     shape = (rows, Hs, k.shape[3], v.shape[3])
@@ -140,7 +147,7 @@ def _run(
     state = state.to(wide)
     if q.shape[1] == 0:
         return v.new_zeros(q.shape[0], 0, max(q.shape[2], Hs), v.shape[3]), state.clone()
-    extra = () if beta is None else (beta.to(wide),)
+    beta = None if beta is None else beta.to(wide)
     gate = None if log_decay is None else floored(log_decay, wide)
     if backend == "auto" and (q.device.type == "cpu" or torch.compiler.is_compiling()):
         backend = "chunked"  # the only row that is both fast and possible there
@@ -148,10 +155,17 @@ def _run(
         run = getattr(TORCH_ONLY[backend], "run_decayed" if beta is None else "run_delta")
     else:
         run = choose(table, backend, q, k, v)
-    inputs = (q, k, v, *extra, gate)
-    if lengths is None:
-        return run(*inputs, state, chunk_size=chunk_size)
-    return run_packed(lambda *rows: run(*rows, chunk_size=chunk_size), inputs, state, lengths)
+
+    def here(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        *rows, state = inputs
+        rows = [x for i, x in enumerate(rows) if i != 3 or x is not None]  # beta, which decayed attention has not
+        if lengths is None:
+            return run(*rows, state, chunk_size=chunk_size)
+        return run_packed(lambda *rows: run(*rows, chunk_size=chunk_size), rows, state, lengths)  # type: ignore
+
+    if part is not None:
+        return run_parallel(part, here, (q, k, v), beta, gate, state)
+    return here(q, k, v, beta, gate, state)
 
 
 def _check(

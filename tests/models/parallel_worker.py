@@ -1,0 +1,91 @@
+"""One rank of tests/models/test_models_parallel.py: tiny models whose sequence is spread over the ranks.
+
+python parallel_worker.py OUT.json     (under torchrun's or accelerate launch's environment)
+"""
+
+import json
+import sys
+from itertools import pairwise
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import cross_entropy
+
+from lineament.models import average_gradients_, sequence_parallel_loss, tiny
+from lineament.ops import sequence_parallel
+
+T, PACKED = 29, (0, 5, 6, 20, 29)
+
+
+def models():
+    """Pure and hybrid students: converted layers, softmax layers and heads, a sliding layer."""
+    yield "kda", tiny("llama", "kda")
+    yield "hybrid window", tiny("llama", "hedgehog-window", layers=(0, 2), full_heads=(1,))
+    yield "hybrid delta", tiny("gpt2", "gated-deltanet", layers=(1,))
+    yield "sliding", tiny("gemma3_text", "lightning", layers=(1,))
+
+
+def one_process(model, ids, documents):
+    """Mean loss over every document by itself, and its gradients."""
+    model.zero_grad()
+    rows = [ids] if documents is None else [ids[:, a:b] for a, b in pairwise(documents)]
+    total = 0
+    for row in rows:
+        logits = model(input_ids=row, use_cache=False).logits[:, :-1].flatten(0, 1)
+        total = total + cross_entropy(logits, row[:, 1:].flatten(), reduction="sum")
+    loss = total / sum(row[:, 1:].numel() for row in rows)
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def compared(model, ids, documents, wrapped, group_sum) -> dict[str, float]:
+    expected, gradients = one_process(model, ids, documents)
+    model.zero_grad()
+    loss = sequence_parallel_loss(wrapped, ids, cu_seqlens=documents)
+    loss.backward()
+    if wrapped is model:
+        average_gradients_(model)
+    mean = group_sum(loss.detach())
+    found = {"loss": abs(mean - expected)}
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    for name, whole in gradients.items():
+        found[name] = float((model.get_parameter(name).grad - whole).abs().max()) / largest
+    return found
+
+
+def refused(model, ids) -> list[str]:
+    found = []
+    for more in ({"use_cache": True}, {"attention_mask": torch.zeros_like(ids)}):
+        try:
+            with sequence_parallel(ids.shape[1]):
+                model(input_ids=ids, **more)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+
+    def mean(x):
+        return float(accelerator.reduce(x, "mean"))
+
+    results = {}
+    for name, model in models():
+        model = model.double().train()
+        ids = torch.randint(3, 61, (2, T), generator=torch.Generator().manual_seed(0))
+        results[name] = compared(model, ids, None, model, mean)
+        results[f"{name} packed"] = compared(model, ids[:1], PACKED, model, mean)
+    messages = refused(model, ids)
+    wrapped = accelerator.prepare(model)
+    results["data-parallel wrapper"] = compared(model, ids, None, wrapped, mean)
+    if accelerator.is_main_process:
+        found = {"processes": accelerator.num_processes, "errors": results, "refused": messages}
+        with open(sys.argv[1], "w", encoding="utf-8") as out:
+            json.dump(found, out)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
