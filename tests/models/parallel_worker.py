@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
-from lineament.models import average_gradients_, sequence_parallel_loss, tiny
+from lineament.models import DecoderForCausalLM, average_gradients_, decoder_config, sequence_parallel_loss, tiny
 from lineament.ops import sequence_parallel
 
 T, PACKED = 29, (0, 5, 6, 20, 29)
@@ -21,7 +21,9 @@ def models():
     """Pure and hybrid students: converted layers, softmax layers and heads, a sliding layer."""
     yield "kda", tiny("llama", "kda")
     yield "hybrid window", tiny("llama", "hedgehog-window", layers=(0, 2), full_heads=(1,))
-    yield "hybrid delta", tiny("gpt2", "gated-deltanet", layers=(1,))
+    shape = {"vocab_size": 61, "width": 16, "layers": 2, "heads": 2}
+    torch.manual_seed(0)  # the same weights on every rank
+    yield "hybrid decoder", DecoderForCausalLM(decoder_config("gated-deltanet", ratio="1:1", **shape))
     yield "sliding", tiny("gemma3_text", "lightning", layers=(1,))
 
 
@@ -75,8 +77,8 @@ def main() -> None:
     for name, model in models():
         model = model.double().train()
         ids = torch.randint(3, 61, (2, T), generator=torch.Generator().manual_seed(0))
-        results[name] = compared(model, ids, None, model, mean)
         results[f"{name} packed"] = compared(model, ids[:1], PACKED, model, mean)
+    results[name] = compared(model, ids, None, model, mean)
     messages = refused(model, ids)
     wrapped = accelerator.prepare(model)
     results["data-parallel wrapper"] = compared(model, ids, None, wrapped, mean)

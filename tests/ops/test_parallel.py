@@ -40,7 +40,7 @@ def ranks(request, tmp_path_factory):
 
 
 def test_outputs_and_gradients_are_those_of_one_process(ranks):
-    assert len(ranks[0]["errors"]) > 50
+    assert len(ranks[0]["errors"]) > 45
     for found in ranks:
         for name, errors in found["errors"].items():
             # float32 sums in another order; cosformer's denominator nearly vanishes for some queries

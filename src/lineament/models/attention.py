@@ -21,6 +21,7 @@ from transformers.utils import output_capturing
 from lineament._base.errors import InputError
 from lineament.models.cache import MixerLayer, StudentCache, adopt
 from lineament.nn import Rows, causal_softmax
+from lineament.nn.rows import stretch_rows
 from lineament.ops.parallel import Part, active
 from lineament.ops.window import window_attention
 
@@ -209,10 +210,9 @@ def _of_stretch(part: Part, kwargs: dict[str, Any], given: Tensor) -> dict[str, 
         raise InputError("under sequence_parallel a model keeps no cache; leave past_key_values and use_cache out")
     if mask is not None and not bool(torch.as_tensor(mask).all()):
         raise InputError("under sequence_parallel rows have no padding; pack documents with cu_seqlens instead")
-    documents = part.check_call(given.shape[1], None)
     if kwargs.get("position_ids") is None:
         kwargs["position_ids"] = part.positions(given.device)[None]
-    rows = None if documents is None else Rows.packed(documents.to(given.device), given.shape[1])
+    rows = stretch_rows(given.shape[1], given.device)
     kwargs.update(attention_mask=None, use_cache=False, lineament_rows=rows)
     return kwargs
 

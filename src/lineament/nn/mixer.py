@@ -10,7 +10,7 @@ from lineament._base.shapes import bind
 from lineament.nn.build import BUILDERS, build
 from lineament.nn.config import MixerConfig
 from lineament.nn.heads import HeadMixer, LayerState
-from lineament.nn.rows import Rows, beginnings, positions
+from lineament.nn.rows import Rows, beginnings, positions, stretch_rows
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.state import cloned, tree_map, widened
 
@@ -155,6 +155,7 @@ class Mixer(nn.Module):
         rows = Rows.packed(cu_seqlens, n["T"]) if cu_seqlens is not None else rows
         if padding_mask is not None and not bool(padding_mask.all()):
             rows = Rows.make(padding_mask)
+        rows = stretch_rows(n["T"], x.device) if rows is None else rows
         documents = n["B"] if rows is None else len(rows.cu_seqlens) - 1
         count = cache.count if cache is not None else None
         count = beginnings(documents, x.device) if count is None else count

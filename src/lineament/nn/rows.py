@@ -105,6 +105,13 @@ def positions(length: int, cu_seqlens: Tensor | None, count: Tensor) -> Tensor:
     return (steps - cu_seqlens[document] + count[document])[None]
 
 
+def stretch_rows(length: int, device: torch.device) -> Rows | None:
+    """Return the documents of this rank's stretch, None where nothing is packed (or spread over ranks)."""
+    part = active()
+    documents = None if part is None else part.check_call(length, None)
+    return None if documents is None else Rows.packed(documents.to(device), length)
+
+
 def beginnings(rows: int, device: torch.device) -> Tensor:
     """Return the tokens that came before a call without a state, [rows] int64: 0, or what earlier ranks hold."""
     part = active()

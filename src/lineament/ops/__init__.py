@@ -6,8 +6,8 @@
 - `windowed_linear_attention`: exact softmax on a window and sinks, feature maps elsewhere, one denominator;
   `windowed_step_` is its step. `lolcats_attention`: the published form. `window_attention`: window and sinks alone.
 - `subsampled_attention`: softmax over a random part of the sources, for training and ensembles.
-- `with sequence_parallel(tokens):` all of the above over torch.distributed, each rank with its stretch (`Part`,
-  `stretches`).
+- `with sequence_parallel(tokens):` the causal ones over torch.distributed, each rank with its stretch
+  (`Part`, `stretches`).
 """
 
 from lineament.ops.bidirectional import bidirectional_attention
@@ -44,10 +44,10 @@ __all__ = [
     "linear_attention",
     "lolcats_attention",
     "lolcats_step_",
-    "subsampled_attention",
-    "subsampled_connections",
     "sequence_parallel",
     "stretches",
+    "subsampled_attention",
+    "subsampled_connections",
     "window_attention",
     "windowed_linear_attention",
     "windowed_step_",

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
+from lineament.ops.parallel.part import active
 
 
 def bidirectional_attention(
@@ -60,6 +61,8 @@ def _checked(phi_q: Tensor, phi_k: Tensor, v: Tensor, mask: Tensor | None) -> tu
     n = bind("phi_q: B T Hq F, phi_k: B S H F, v: B S H V, mask: B S", phi_q, phi_k, v, mask)
     if check_heads(phi_q=n["Hq"], phi_k=n["H"]) != n["Hq"]:
         raise InputError(f"phi_q has {n['Hq']} heads and phi_k has {n['H']}; the queries need at least as many heads")
+    if active() is not None:
+        raise NotImplementedError("sequence_parallel carries causal states; attention in both directions is not spread")
     wide = torch.promote_types(v.dtype, torch.float32)
     q, k, v = phi_q.to(wide), phi_k.to(wide), v.to(wide)
     if mask is not None:
