@@ -6,6 +6,7 @@
 - `FEATURE_MAPS`: phi of linear attention.
 - `Rows`: padding and packing of a block. `KeyValues`, `causal_softmax`: ordinary attention over a growing buffer.
 - `SubsampledAttention(width, heads, Subsampling(...))`: self-attention over a random part of the sources in training.
+- `TensorAttention(width, heads)`: self-attention over pairs of keys, exact, windowed or near-linear.
 - `quiet_log_scale`: where a far part starts unheard.
 """
 
@@ -20,6 +21,7 @@ from lineament.nn.rows import Rows
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.softmax import KeyValues, causal_softmax
 from lineament.nn.subsampled import SubsampledAttention, Subsampling
+from lineament.nn.tensor_attention import TensorAttention
 from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow, quiet_log_scale
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "SoftmaxWindow",
     "SubsampledAttention",
     "Subsampling",
+    "TensorAttention",
     "build",
     "causal_softmax",
     "check_heads_input",

@@ -8,6 +8,8 @@
 - `subsampled_attention`: softmax over a random part of the sources, for training and ensembles.
 - `with sequence_parallel(tokens):` the causal ones over torch.distributed, each rank with its stretch
   (`Part`, `stretches`).
+- `tensor_attention`: softmax over pairs of keys, exact; `polynomial_tensor_attention`: near-linear, with its bound
+  `polynomial_error` and its causal recurrence `polynomial_tensor_scan`; `tensor_cost` compares the two.
 """
 
 from lineament.ops.bidirectional import bidirectional_attention
@@ -22,6 +24,14 @@ from lineament.ops.recurrence import (
     delta_step_,
 )
 from lineament.ops.subsampled import subsampled_attention, subsampled_connections
+from lineament.ops.tensor_attention import tensor_attention
+from lineament.ops.tensor_polynomial import (
+    kernel_error,
+    polynomial_error,
+    polynomial_tensor_attention,
+    polynomial_tensor_scan,
+    tensor_cost,
+)
 from lineament.ops.window import (
     WindowState,
     lolcats_attention,
@@ -41,13 +51,19 @@ __all__ = [
     "decayed_step_",
     "delta_rule",
     "delta_step_",
+    "kernel_error",
     "linear_attention",
     "lolcats_attention",
     "lolcats_step_",
     "sequence_parallel",
     "stretches",
+    "polynomial_error",
+    "polynomial_tensor_attention",
+    "polynomial_tensor_scan",
     "subsampled_attention",
     "subsampled_connections",
+    "tensor_attention",
+    "tensor_cost",
     "window_attention",
     "windowed_linear_attention",
     "windowed_step_",

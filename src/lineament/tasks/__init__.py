@@ -3,6 +3,7 @@
 from lineament.tasks.agreement import Agreement, agreement
 from lineament.tasks.cost import Speed, cache_bytes, decode_speed, filled_cache, is_student, peak_memory, prefill_speed
 from lineament.tasks.haystack import Haystack
+from lineament.tasks.match3 import match3, match3_batch, match3_by_hand
 from lineament.tasks.perplexity import (
     ContextGain,
     Perplexity,
@@ -52,6 +53,9 @@ __all__ = [
     "is_student",
     "make_bodies",
     "make_prompts",
+    "match3",
+    "match3_batch",
+    "match3_by_hand",
     "paired_points",
     "peak_memory",
     "perplexity",
