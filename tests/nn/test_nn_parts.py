@@ -133,7 +133,7 @@ def test_a_key_value_buffer_grows_by_chunks_and_holds_no_more():
 MIXERS = {
     "gated deltanet": (
         MixerConfig(kind="gated-deltanet", options={"conv": 0, "output_gate": False, "key_norm": "none"}, **SHAPE),
-        Slots(conv=4, activation="silu", qk_norm="l2", output_norm=True, output_gate="sigmoid", gate_rank=4),
+        Slots(conv=4, activation="silu", qk_norm="l2", output_norm="head", output_gate="sigmoid", gate_rank=4),
     ),
     "softmax": (MixerConfig(kind="kda", full_heads=(0, 1), **SHAPE), Slots(rope=1e4, qk_norm="rms")),
     "lightning": (MixerConfig(kind="lightning", **SHAPE), Slots(rope=1e4, activation="silu", output_gate="silu")),

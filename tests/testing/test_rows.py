@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from lineament.nn import BUILDERS, LayerState, MixerConfig, build
+from lineament.ops import elementwise_scan
 from lineament.ops.recurrence import decayed_attention, delta_rule
 from lineament.testing import INPUTS, MIXER_LAWS, OP_LAWS, MixerCase, check_mixer, check_op
 
@@ -16,6 +17,11 @@ CASE = MixerCase(length=21, key_width=4, value_width=4, model_width=6)
 @pytest.mark.parametrize("law", OP_LAWS)
 def test_backend(op, backend, law):
     check_op(partial(op, chunk_size=16), backend, inputs=INPUTS[op.__name__], chunk=16, laws=[law])
+
+
+@pytest.mark.parametrize("law", OP_LAWS)
+def test_scan(law):
+    check_op(elementwise_scan, "chunked", chunk=64, laws=[law])
 
 
 def maker(kind, full=(), **shape):

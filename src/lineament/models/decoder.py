@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from lineament._base.errors import InputError, unknown
 from lineament.models.attention import prepared
 from lineament.models.student import FORMAT, StatefulModel, mixer_configs
-from lineament.nn import Mixer, MixerConfig, Rows, Slots
+from lineament.nn import Mixer, MixerConfig, Rows, Slots, share_lower_bounds_
 from lineament.nn.mlp import MLP, MLPS
 
 MODEL_TYPE = "lineament-decoder"
@@ -162,6 +162,7 @@ class DecoderModel(DecoderPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderBlock(config, *layer) for layer in filling(config))
+        share_lower_bounds_(self)
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

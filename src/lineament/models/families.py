@@ -13,7 +13,7 @@ import torch
 
 from lineament._base.errors import InputError, unknown
 from lineament.models.decoder import DecoderConfig, DecoderForCausalLM, fill
-from lineament.nn import BUILDERS, MixerConfig, Slots
+from lineament.nn import BUILDERS, LAYERS, MixerConfig, Slots
 from lineament.nn.build import options_of
 
 SOFTMAX = "softmax-window"  # the kind of a layer whose heads are all full; its window is never built
@@ -25,7 +25,7 @@ class Family:
     """What the blocks of a family are made of.
 
     Attributes:
-        kind: a key of `nn.BUILDERS`, or "softmax". options: its own. slots: what stands around it.
+        kind: a key of `nn.BUILDERS` or `nn.PUBLISHED`, or "softmax". options: its own. slots: what stands around it.
         key_share, value_share: summed width of the keys' and of the values' heads, as a share of D.
         head_width: K, where the number of heads is not given.
         mlp, norm, post_norm, tied: see `DecoderConfig`. mlp_share: inner width as a share of D, before rounding; 0 for
@@ -60,56 +60,52 @@ class Family:
                 raise InputError(f"{heads} heads don't divide the {total} channels of the {name} (width {width})")
         known = {} if softmax else options_of(self.kind)
         place = {name: at for name, at in (("layer", layer), ("layers", layers)) if name in known}
+        size: dict[str, Any] = {"heads": heads, "key_heads": key_heads or heads}
+        if self.kind == "ssd":  # the heads are those of the values; B and C have few, called groups
+            size = {"heads": key_heads or 1, "key_heads": key_heads or 1, "value_heads": heads}
         return MixerConfig(
-            kind=SOFTMAX if softmax else self.kind, heads=heads, key_heads=key_heads or heads, model_width=width,
+            kind=SOFTMAX if softmax else self.kind, model_width=width, **size,
             key_width=keys // heads, value_width=values // heads, options={**place, **self.options},
             full_heads=tuple(range(key_heads or heads)) if softmax else (),
         )  # fmt: skip
 
 
-DELTA = {"conv": 0, "output_gate": False, "key_norm": "none"}  # the layer's own slots do that work here
-SHORT = {"conv": 4, "activation": "silu", "qk_norm": "l2"}
+def _of(name: str, **block: Any) -> Family:
+    """Return the family of a published layer in a block of one's own."""
+    row = LAYERS[name]
+    return Family(
+        kind="softmax" if row.full else row.kind, options=row.options, slots=row.slots, key_share=row.key,
+        value_share=row.value, **block,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(kind="softmax", slots=Slots(rope=1e4)),
-    "retnet": Family(
-        kind="retnet", slots=Slots(rope=1e4, output_norm=True, output_gate="silu"), value_share=2.0, head_width=256,
-        mlp="gelu", mlp_share=2.0, norm="layer",
-    ),
-    "transnormer": Family(
-        kind="lightning", slots=Slots(activation="silu", rope=1e4, output_norm=True, output_gate="sigmoid"),
-        mlp="sglu", norm="simple-rms",
-    ),
-    "lightning": Family(
-        kind="lightning", slots=Slots(activation="silu", output_norm=True, output_gate="sigmoid"),
-    ),
-    "gla": Family(kind="gla", slots=Slots(output_norm=True, output_gate="silu"), key_share=0.5, head_width=256),
-    "hgrn2": Family(kind="hgrn2", slots=Slots(output_norm=True)),
-    "mamba2": Family(
-        kind="mamba2", slots=Slots(conv=4, activation="silu"), key_share=2.0, value_share=2.0, mlp_share=0.0, tied=True
-    ),
-    "deltanet": Family(kind="deltanet", slots=Slots(output_norm=True, **SHORT)),
-    "gated-deltanet": Family(
-        kind="gated-deltanet", options=DELTA, slots=Slots(output_norm=True, output_gate="silu", **SHORT),
-        key_share=0.75, value_share=1.5, head_width=256,
-    ),
-    "kda": Family(
-        kind="kda", options=DELTA, slots=Slots(output_norm=True, output_gate="sigmoid", gate_rank=128, **SHORT),
-        full=Slots(),
-    ),
-    "lightnet": Family(kind="lightnet", slots=Slots(output_norm=True, output_gate="silu")),
-}  # fmt: skip
+    "llama": _of("softmax"),
+    "retnet": _of("retnet", head_width=256, mlp="gelu", mlp_share=2.0, norm="layer"),
+    "transnormer": _of("lightning", mlp="sglu", norm="simple-rms"),
+    "lightning": _of("lightning"),
+    "gla": _of("gla", head_width=256),
+    "hgrn": _of("hgrn"),
+    "hgrn2": _of("hgrn2"),
+    "mamba2": _of("mamba2", mlp_share=0.0, tied=True),
+    "deltanet": _of("deltanet"),
+    "gated-deltanet": _of("gated-deltanet", head_width=256),
+    "kda": _of("kda", full=Slots()),
+    "lightnet": _of("lightnet"),
+}
 """Presets by the papers' own block choices. Sizes are not part of them."""
 
 
 def family(name: str | Family) -> Family:
-    """Return a family by name: a key of `FAMILIES`, or any kind of head mixer in a Llama's block without RoPE.
+    """Return a family by name: a key of `FAMILIES`, or a published layer or any kind of head mixer in a Llama's block.
 
     Raises:
         InputError: neither; or the preset's mixer is not in this version.
     """
     if isinstance(name, Family):
         return name
-    known = {**FAMILIES, **{kind: Family(kind=kind, slots=Slots(output_norm=True)) for kind in BUILDERS}} | FAMILIES
+    plain = {kind: Family(kind=kind, slots=Slots(output_norm="head")) for kind in BUILDERS}
+    known = plain | {layer: _of(layer) for layer in LAYERS} | FAMILIES
     if name not in known:
         raise unknown("family", name, known)
     return known[name]

@@ -3,6 +3,9 @@
 - `MixerConfig`, `build(config) -> ConvertedHeads`, `BUILDERS`: head mixers (`HeadMixer`): they take a layer's q, k, v
   and mix over the tokens; `ConvertedHeads` adds heads that stay softmax, padding and packing.
 - `Mixer(config, Slots(...))`: a whole layer from scratch around a head mixer; `MixerCache` is what it keeps.
+- `published(name, ...) -> (config, slots)`, `LAYERS`: publications as such values, on the kinds of `PUBLISHED` and
+  `BUILDERS`. `share_lower_bounds_` ties the gates of a model's HGRN layers. `global_field`, `cosines`: LightNet on
+  grids.
 - `FEATURE_MAPS`: phi of linear attention.
 - `Rows`: padding and packing of a block. `KeyValues`, `causal_softmax`: ordinary attention over a growing buffer.
 - `SubsampledAttention(width, heads, Subsampling(...))`: self-attention over a random part of the sources in training.
@@ -11,11 +14,14 @@
 """
 
 from lineament.nn.additive import CountedState, Lightning, LinearHeads
-from lineament.nn.build import BUILDERS, build
+from lineament.nn.build import BUILDERS, PUBLISHED, build
 from lineament.nn.config import MixerConfig
+from lineament.nn.decays import share_lower_bounds_
 from lineament.nn.delta import DeltaHeads, DeltaState
 from lineament.nn.feature_maps import FEATURE_MAPS
 from lineament.nn.heads import ConvertedHeads, HeadMixer, LayerState, check_heads_input
+from lineament.nn.layers import LAYERS, published
+from lineament.nn.lightnet import cosines, global_field
 from lineament.nn.mixer import Mixer, MixerCache, Slots
 from lineament.nn.rows import Rows
 from lineament.nn.short_conv import ShortConv
@@ -27,6 +33,8 @@ from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow, quiet_
 __all__ = [
     "BUILDERS",
     "FEATURE_MAPS",
+    "LAYERS",
+    "PUBLISHED",
     "ConvertedHeads",
     "CountedState",
     "DeltaHeads",
@@ -51,5 +59,9 @@ __all__ = [
     "build",
     "causal_softmax",
     "check_heads_input",
+    "cosines",
+    "global_field",
+    "published",
     "quiet_log_scale",
+    "share_lower_bounds_",
 ]

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from lineament._base.errors import unknown
 from lineament.nn.config import MixerConfig
 from lineament.nn.feature_maps import FEATURE_MAPS
+from lineament.nn.recurrent import Terms, recur
 from lineament.nn.rows import beginnings, positions
 from lineament.nn.state import State, widened
 from lineament.nn.windowed import stepping
 from lineament.ops.linear import linear_attention
-from lineament.ops.recurrence import decayed_attention, decayed_step_
+from lineament.ops.recurrence import decayed_step_
 
 EPS = 1e-6
 
@@ -105,6 +106,7 @@ class Lightning(nn.Module):
     """
 
     log_decay: Tensor
+    backend = "auto"
 
     def __init__(self, config: MixerConfig, *, layer: int = 0, layers: int = 1, none: bool = False) -> None:
         super().__init__()
@@ -123,7 +125,5 @@ class Lightning(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
-        log_decay = widened(self.log_decay).expand(k.shape[:-1])
-        if cu_seqlens is None and stepping(q.shape[1], state):
-            return decayed_step_(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], state)[:, None], state
-        return decayed_attention(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)
+        terms = Terms(q, k, v, widened(self.log_decay).expand(k.shape[:-1]))
+        return recur(terms, state=state, cu_seqlens=cu_seqlens, backend=self.backend)

@@ -9,11 +9,17 @@ from torch import nn
 
 from lineament._base.errors import InputError, unknown
 from lineament.nn.additive import Lightning, LinearHeads
+from lineament.nn.blocks import DiagHeads
 from lineament.nn.config import MixerConfig
+from lineament.nn.decays import HGRN2, GatedLinear, Retention, StateSpace
 from lineament.nn.delta import DeltaHeads
+from lineament.nn.delta_rule import DeltaRule
 from lineament.nn.feature_maps import FEATURE_MAPS
 from lineament.nn.groups import HeadGroups
 from lineament.nn.heads import ConvertedHeads
+from lineament.nn.hgrn import HGRN
+from lineament.nn.latent import LatentHeads
+from lineament.nn.lightnet import LightNet
 from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
@@ -27,6 +33,22 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     # a constant map alone would not look at keys at all: it is a control for far parts, not a mixer
     **{name: partial(LinearHeads, map=name) for name in FEATURE_MAPS if name != "constant"},
 }
+"""What can take over a teacher's q, k and v."""
+
+PUBLISHED: dict[str, Callable[..., nn.Module]] = {
+    "retention": Retention,
+    "gla": GatedLinear,
+    "hgrn": HGRN,
+    "hgrn2": HGRN2,
+    "ssd": StateSpace,
+    "lightnet": LightNet,
+    "delta-rule": DeltaRule,
+    "diag": DiagHeads,
+    "latent": LatentHeads,
+}
+"""What is trained from scratch inside a `Mixer` whose slots are the publication's (`nn.LAYERS`)."""
+
+KINDS = {**BUILDERS, **PUBLISHED}
 
 
 def options_of(kind: str) -> dict[str, object]:
@@ -36,9 +58,9 @@ def options_of(kind: str) -> dict[str, object]:
         >>> sorted(options_of("lolcats"))
         ['features', 'gamma']
     """
-    if kind not in BUILDERS:
-        raise unknown("mixer", kind, BUILDERS)
-    builder = BUILDERS[kind]
+    if kind not in KINDS:
+        raise unknown("mixer", kind, KINDS)
+    builder = KINDS[kind]
     fixed = builder.keywords if isinstance(builder, partial) else {}
     found = {
         name: p.default
@@ -73,7 +95,7 @@ def build(config: MixerConfig) -> ConvertedHeads:
     try:
         if isinstance(codes, list | tuple):
             return ConvertedHeads(config, _by_codes(config, codes, options))
-        filling = BUILDERS[config.kind](config.with_heads(rest * config.groups, rest), **options)
+        filling = KINDS[config.kind](config.with_heads(rest * config.groups, rest), **options)
     except TypeError as error:
         raise InputError(f"the mixer {config.kind} can't take the options {options}: {error}") from None
     return ConvertedHeads(config, filling)

@@ -14,10 +14,9 @@ from torch.nn.functional import linear, softplus
 
 from lineament._base.errors import unknown
 from lineament.nn.config import MixerConfig
+from lineament.nn.recurrent import Terms, recur
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.state import State, widened
-from lineament.nn.windowed import stepping
-from lineament.ops.recurrence import delta_rule, delta_step_
 
 NORMS = ("value", "query", "none")
 
@@ -104,12 +103,8 @@ class DeltaHeads(nn.Module):
         memory, tail = state if state is not None else (None, None)
         if self.conv is not None:
             q, k, v, tail = self._convolved(q, k, v, tail, cu_seqlens)
-        q, k, v = self._normalised(q, k, v)
-        log_decay, beta = self.gates(x)
-        if cu_seqlens is None and stepping(q.shape[1], memory):
-            o = delta_step_(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], log_decay[:, 0], memory)[:, None]
-        else:
-            o, memory = delta_rule(q, k, v, beta, log_decay, state=memory, cu_seqlens=cu_seqlens)
+        terms = Terms(*self._normalised(q, k, v), *self.gates(x))
+        o, memory = recur(terms, state=memory, cu_seqlens=cu_seqlens)
         return self._gated(o, x), DeltaState(memory, tail)
 
     def _convolved(

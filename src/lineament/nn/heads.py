@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lineament._base.errors import InputError
 from lineament._base.shapes import bind
 from lineament.nn.config import MixerConfig
 from lineament.nn.rows import Rows
@@ -20,7 +19,8 @@ class HeadMixer(Protocol):
 
     `forward(q [B, T, Hq, K] (scaled), k [B, T, Hk, K], v [B, T, Hk, V], *, x [B, T, D], cu_seqlens, state)` returns
     o [B, T, Hq, V] and the state after the last token. With cu_seqlens [N + 1] (B = 1) the state's rows are the N
-    documents. With T = 1, a state and no gradient, the state may be changed in place.
+    documents. With T = 1, a state and no gradient, the state may be changed in place. A mixer that `keeps_keys` of all
+    tokens takes `rows` in place of cu_seqlens.
     """
 
     def __call__(
@@ -134,9 +134,6 @@ class ConvertedHeads(nn.Module):
             o, state.filling = self._fill(q, k, v, x, rows, state.filling)
             return o, state if keep else None
         groups = self.config.groups
-        packed = rows is not None and rows.valid is None
-        if packed and keep and state.full is not None and state.full.length:
-            raise InputError("packed documents can't go on from a state where heads stay softmax; run them apart")
         if keep and state.full is None:
             state.full = KeyValues()
         full = (_take(q, self._full, groups), _take(k, self._full), _take(v, self._full))
@@ -153,6 +150,8 @@ class ConvertedHeads(nn.Module):
         assert self.filling is not None
         if rows is None:
             return self.filling(q, k, v, x=x, state=state)
+        if getattr(self.filling, "keeps_keys", False):
+            return self.filling(q, k, v, x=x, rows=rows, state=state)
         packed = (rows.pack(part) for part in (q, k, v))
         o, state = self.filling(*packed, x=rows.pack(x), cu_seqlens=rows.cu_seqlens, state=state)
         return rows.unpack(o), state

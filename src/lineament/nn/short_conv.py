@@ -11,7 +11,7 @@ class ShortConv(nn.Module):
     """`y_t = sum_j w_j x_{t-j}` per channel; starts as the identity tap unless `identity=False`.
 
     Args:
-        channels: C. width: taps. identity: start with 1 on the current token and 0 before it.
+        channels: C. width: taps. identity: start with 1 on the current token and 0 before it. bias: add b, 0 at first.
 
     Example:
         >>> y, tail = ShortConv(2, 3)(torch.ones(1, 5, 2))
@@ -19,10 +19,11 @@ class ShortConv(nn.Module):
         (True, torch.Size([1, 2, 2]))
     """
 
-    def __init__(self, channels: int, width: int = 4, *, identity: bool = True) -> None:
+    def __init__(self, channels: int, width: int = 4, *, identity: bool = True, bias: bool = False) -> None:
         super().__init__()
         self.width, self.identity = width, identity
         self.weight = nn.Parameter(torch.empty(width, channels))  # row 0: the current token
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -32,6 +33,8 @@ class ShortConv(nn.Module):
                 self.weight.zero_()[0] = 1.0
             else:
                 self.weight.uniform_(-(self.width**-0.5), self.width**-0.5)
+            if self.bias is not None:
+                self.bias.zero_()
 
     def forward(self, x: Tensor, tail: Tensor | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Filter x [B, T, C].
@@ -60,6 +63,10 @@ class ShortConv(nn.Module):
         return self._taps(full, x.shape[1]), full[:, full.shape[1] - past :]
 
     def _taps(self, full: Tensor, length: int) -> Tensor:
+        y = self._weighted(full, length)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _weighted(self, full: Tensor, length: int) -> Tensor:
         weight, past = self.weight.to(full.dtype), self.width - 1
         if length == 1:
             return (full * weight.flip(0)).sum(1, keepdim=True)

@@ -1,5 +1,7 @@
 """Ordinary causal softmax for the heads that keep it, over key-value buffers that grow by chunks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -19,9 +21,11 @@ class KeyValues:
         keys: [B, Hk, capacity, K]. values: [B, Hk, capacity, V].
         valid: [B, capacity] bool, or None while every column seen is a real token.
         length: columns in use.
+        value_width: values are the first so many channels of the keys, and are not stored again; None: they are apart.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, value_width: int | None = None) -> None:
+        self.value_width = value_width
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.valid: Tensor | None = None
@@ -30,25 +34,46 @@ class KeyValues:
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add k [B, Hk, T, K] and v [B, Hk, T, V]; return all seen. `valid` [B, T]: None when all are real tokens."""
         start, self.length = self.length, self.length + k.shape[2]
-        if self.keys is None or self.values is None:
+        if self.keys is None:
             layout = torch.contiguous_format  # cloned: a head's slice would keep the whole projection alive
-            self.keys, self.values = k.clone(memory_format=layout), v.clone(memory_format=layout)
+            self.keys = k.clone(memory_format=layout)
+            self.values = v.clone(memory_format=layout) if self.value_width is None else None
             self.valid = valid
             return k, v
+        if torch.is_grad_enabled() and (k.requires_grad or self.keys.requires_grad):
+            return self._joined(start, k, v, valid)
         if self.length > self.keys.shape[2]:
             self._grow(start)
         self.keys[:, :, start : self.length] = k
-        self.values[:, :, start : self.length] = v
+        if self.values is not None:
+            self.values[:, :, start : self.length] = v
         if valid is not None and self.valid is None:
             self.valid = torch.ones(self.keys.shape[0], self.keys.shape[2], dtype=torch.bool, device=k.device)
         if self.valid is not None:
             self.valid[:, start : self.length] = True if valid is None else valid
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return self._seen()
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        keys = self.keys[:, :, : self.length]
+        return keys, keys[..., : self.value_width] if self.values is None else self.values[:, :, : self.length]
+
+    def _joined(self, start: int, k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Append in new tensors: what gradients were taken through may not be written to."""
+        keys, values, known = self.keys, self.values, self.valid
+        assert keys is not None
+        self.keys = torch.cat([keys[:, :, :start], k], dim=2)
+        if values is not None:
+            self.values = torch.cat([values[:, :, :start], v], dim=2)
+        if valid is not None or known is not None:
+            real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+            old = real.new_ones(len(real), start) if known is None else known[:, :start]
+            self.valid = torch.cat([old, real if valid is None else valid], dim=1)
+        return self._seen()
 
     def _grow(self, used: int) -> None:
         capacity = -(-self.length // CHUNK) * CHUNK
         assert self.keys is not None
-        assert self.values is not None
 
         def grown(x: Tensor, axis: int) -> Tensor:
             shape = list(x.shape)
@@ -57,7 +82,9 @@ class KeyValues:
             new.narrow(axis, 0, used).copy_(x.narrow(axis, 0, used))
             return new
 
-        self.keys, self.values = grown(self.keys, 2), grown(self.values, 2)
+        self.keys = grown(self.keys, 2)
+        if self.values is not None:
+            self.values = grown(self.values, 2)
         if self.valid is not None:
             self.valid = grown(self.valid, 1)
 
@@ -77,17 +104,21 @@ class KeyValues:
 
     def mark(self) -> "KeyValues":
         """Return how long the buffer is now, without what it holds: what `crop` comes back to."""
-        other = KeyValues()
+        other = KeyValues(self.value_width)
+        other.length = self.length
+        return other
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "KeyValues":
+        """Return a buffer of what `function` makes of every tensor."""
+        other = KeyValues(self.value_width)
+        for name, x in self.tensors().items():
+            setattr(other, name, function(x))
         other.length = self.length
         return other
 
     def copy(self) -> "KeyValues":
         """Return a buffer that appends to this one can't reach."""
-        other = KeyValues()
-        for name, x in self.tensors().items():
-            setattr(other, name, x.clone())
-        other.length = self.length
-        return other
+        return self.map(Tensor.clone)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -129,11 +160,14 @@ def causal_softmax(
     part = active()
     if part is not None:
         return _parallel(part, q, k, v, rows, past)
+    if seen and rows is not None and rows.valid is None:
+        raise InputError("packed documents can't go on from a state where heads stay softmax; run them apart")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     valid = rows.valid if rows is not None else None
     keys, values = past.append(k, v, valid) if past is not None else (k, v)
     if seen == 0 and rows is None:
-        return _grouped(q, k, v, causal=q.shape[2] > 1).transpose(1, 2)
+        causal = torch.compiler.is_compiling() or q.shape[2] > 1  # (a traced length gives no plain bool)
+        return _grouped(q, k, v, causal=causal).transpose(1, 2)
     if seen == 0 and rows is not None:
         return _by_document(q, k, v, rows).transpose(1, 2)
     assert past is not None

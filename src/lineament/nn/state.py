@@ -1,4 +1,4 @@
-"""What a mixer remembers: None, a tensor, or a (named) tuple of such; axis 0 of every tensor is the row."""
+"""What a mixer remembers: None, a tensor, `KeyValues`, or a (named) tuple of these; axis 0 of a tensor is the row."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +26,8 @@ def tree_map(function: Callable[[Tensor], Tensor], state: State) -> State:
         return None
     if isinstance(state, Tensor):
         return function(state)
+    if hasattr(state, "map"):  # a buffer of keys and values
+        return state.map(function)
     parts = [tree_map(function, part) for part in state]
     return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
 
@@ -42,6 +44,9 @@ def leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         return
     if isinstance(state, Tensor):
         yield prefix or "0", state
+        return
+    if hasattr(state, "tensors"):
+        yield from ((f"{prefix}.{name}" if prefix else name, x) for name, x in state.tensors().items())
         return
     for name, part in zip(getattr(state, "_fields", None) or range(len(state)), state, strict=True):
         yield from leaves(part, f"{prefix}.{name}" if prefix else str(name))

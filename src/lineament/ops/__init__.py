@@ -2,6 +2,8 @@
 
 - `decayed_attention`, `delta_rule`: the one recurrence, additive or with the delta rule; `decayed_step_`, `delta_step_`
   are its single steps in place. `BACKENDS_DECAYED`, `BACKENDS_DELTA` are the choices.
+- `elementwise_scan`, `scan_step_`: a decaying sum per channel (`BACKENDS_SCAN`).
+- `check_gates`: name the first gate that no model should have.
 - `linear_attention`: feature maps under a running normaliser. `bidirectional_attention`: the same, not causal.
 - `windowed_linear_attention`: exact softmax on a window and sinks, feature maps elsewhere, one denominator;
   `windowed_step_` is its step. `lolcats_attention`: the published form. `window_attention`: window and sinks alone.
@@ -13,6 +15,7 @@
 """
 
 from lineament.ops.bidirectional import bidirectional_attention
+from lineament.ops.gates import check_gates
 from lineament.ops.linear import linear_attention
 from lineament.ops.parallel import Part, sequence_parallel, stretches
 from lineament.ops.recurrence import (
@@ -23,6 +26,7 @@ from lineament.ops.recurrence import (
     delta_rule,
     delta_step_,
 )
+from lineament.ops.scan import BACKENDS_SCAN, elementwise_scan, scan_step_
 from lineament.ops.subsampled import subsampled_attention, subsampled_connections
 from lineament.ops.tensor_attention import tensor_attention
 from lineament.ops.tensor_polynomial import (
@@ -44,22 +48,26 @@ from lineament.ops.window import (
 __all__ = [
     "BACKENDS_DECAYED",
     "BACKENDS_DELTA",
+    "BACKENDS_SCAN",
     "Part",
     "WindowState",
     "bidirectional_attention",
+    "check_gates",
     "decayed_attention",
     "decayed_step_",
     "delta_rule",
     "delta_step_",
+    "elementwise_scan",
     "kernel_error",
     "linear_attention",
     "lolcats_attention",
     "lolcats_step_",
-    "sequence_parallel",
-    "stretches",
     "polynomial_error",
     "polynomial_tensor_attention",
     "polynomial_tensor_scan",
+    "scan_step_",
+    "sequence_parallel",
+    "stretches",
     "subsampled_attention",
     "subsampled_connections",
     "tensor_attention",

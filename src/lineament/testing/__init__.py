@@ -9,14 +9,17 @@ A broken law is an AssertionError that says which law, where, and by how much. W
 
 from lineament.testing.compare import TOLERANCE, rms, same
 from lineament.testing.merge import MERGE_LAWS, check_merge
-from lineament.testing.mixer import MIXER_LAWS, MixerCase, check_mixer
+from lineament.testing.mixer import MIXER_LAWS, check_mixer
+from lineament.testing.mixer_numbers import SLOW_LAWS
 from lineament.testing.op import INPUTS, OP_LAWS, OpCase, check_op
+from lineament.testing.trial import MixerCase
 
 __all__ = [
     "INPUTS",
     "MERGE_LAWS",
     "MIXER_LAWS",
     "OP_LAWS",
+    "SLOW_LAWS",
     "TOLERANCE",
     "MixerCase",
     "OpCase",

@@ -1,72 +1,33 @@
-"""`check_mixer`: what every head mixer must do, law by law."""
+"""`check_mixer`: what every head mixer, and every layer around one, must do, law by law."""
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lineament._base.errors import InputError, unknown
-from lineament._base.seeds import generator, seeded
 from lineament.testing.compare import TOLERANCE, copied, leaves, rms, same
+from lineament.testing.mixer_numbers import NUMERIC_LAWS, SLOW_LAWS
+from lineament.testing.trial import Block, Make, MixerCase, Trial
 
-Make = Callable[..., nn.Module]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixerCase:
-    """The shape of a trial."""
-
-    batch: int = 2
-    length: int = 70
-    heads: int = 4
-    key_heads: int = 2
-    key_width: int = 8
-    value_width: int = 8
-    model_width: int = 16
-    dtype: torch.dtype = torch.float64
-    device: str = "cpu"
-    seed: int = 0
-
-    def shape(self) -> dict[str, int]:
-        """What the mixer is built from."""
-        names = ("heads", "key_heads", "key_width", "value_width", "model_width")
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The inputs of a call: q (scaled), k, v and the layer's input x."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    x: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "_Block":
-        return _Block(*(function(each) for each in (self.q, self.k, self.v, self.x)))
-
-    def part(self, begin: int, end: int | None = None) -> "_Block":
-        return self.map(lambda each: each[:, begin:end])
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"q": self.q, "k": self.k, "v": self.v, "x": self.x}
+CASE = MixerCase()
 
 
 def check_mixer(
     make: Make,
     *,
-    case: MixerCase = MixerCase(),
+    case: MixerCase = CASE,
     begin: Callable[[], Any] = lambda: None,
     laws: Iterable[str] | None = None,
     shake: float = 0.3,
     constant_state: bool = True,
     tolerance: float | None = None,
 ) -> list[str]:
-    """Hold a head mixer to the protocol of `lineament.nn.HeadMixer`.
+    """Hold a head mixer to the protocol of `lineament.nn.HeadMixer`, or a layer to that of `lineament.nn.Mixer`.
 
     Laws: `shape` (axes, dtype, finite), `causal` (the future changes nothing), `chunked` (a sequence cut anywhere, with
     its state), `stepwise` (token by token without gradients), `batched` (rows do not know each other), `packed`
@@ -74,15 +35,19 @@ def check_mixer(
     right), `grouped` (key heads 1, 2, all; a key head reaches its own query heads only), `reordered` (rows of the state
     taken, repeated), `gradients` (cut or whole), `gradcheck` (finite differences, parameters too), `bf16`, `large`
     (inputs thirty times as large stay finite), `deterministic`, `pure` (inputs and the state given to a block of tokens
-    unchanged), `constant` (the state's bytes do not grow).
+    unchanged), `constant` (the state's bytes do not grow), `loop` (token by token with gradients), `backends` (all that
+    run here, with gradients), `float32` (beside float64, with gradients, to 1e-4), `extreme` (inputs from 0 to 1e3 in
+    one sequence, so that gates are shut, open and between). Slower, and only checked by name: `compiled`
+    (torch.compile with "aot_eager"), `exported` (torch.export with any T), `long` (1e5 tokens in float32 beside
+    float64).
 
     A state is None, a tensor, a tuple of states, or an object with `tensors()` (name -> tensor) and `select(index)`.
 
     Args:
         make: called as `make(heads=, key_heads=, key_width=, value_width=, model_width=)`, returns the module.
         case: the shape; the dtype float64 is what makes tight tolerances possible.
-        begin: the state before the first token, None by the protocol.
-        laws: some of `MIXER_LAWS`; all if None.
+        begin: the state before the first token, None by the protocol; of a layer a fresh cache.
+        laws: some of `MIXER_LAWS` or `SLOW_LAWS`; all of the first if None.
         shake: parameters are moved by that much, so that none sits at a harmless start.
         constant_state: False for mixers that keep ordinary keys and values in some heads. Their buffers may have spare
             room, so only results are compared, not states.
@@ -102,95 +67,44 @@ def check_mixer(
     """
     wanted = list(MIXER_LAWS if laws is None else laws)
     for law in wanted:
-        if law not in MIXER_LAWS:
-            raise unknown("law", law, MIXER_LAWS)
+        if law not in KNOWN:
+            raise unknown("law", law, KNOWN)
     allowed = 10 * TOLERANCE[case.dtype] if tolerance is None else tolerance
-    trial = _Trial(make, case, begin, shake, constant_state, allowed)
+    trial = Trial(make, case, begin, shake, constant_state, allowed)
     for law in wanted:
-        MIXER_LAWS[law](trial)
+        KNOWN[law](trial)
     return wanted
 
 
-@dataclass(frozen=True)
-class _Trial:
-    make: Make
-    case: MixerCase
-    begin: Callable[[], Any]
-    shake: float
-    constant_state: bool
-    tolerance: float
-
-    def mixer(self, case: MixerCase | None = None) -> nn.Module:
-        case = case or self.case
-        with seeded(case.seed):
-            mixer = self.make(**case.shape())
-        noise = generator(case.seed + 1)
-        with torch.no_grad():
-            for parameter in mixer.parameters():
-                if parameter.is_floating_point():
-                    parameter += self.shake * torch.randn(parameter.shape, generator=noise).to(parameter)
-        return mixer.to(case.device, case.dtype).eval()
-
-    def block(self, case: MixerCase | None = None, salt: int = 0) -> _Block:
-        case = case or self.case
-        random = generator(case.seed * 100 + salt)
-
-        def draw(*shape: int) -> Tensor:
-            values = torch.randn(case.batch, case.length, *shape, generator=random, dtype=torch.float64)
-            return values.to(case.device, case.dtype)
-
-        q = draw(case.heads, case.key_width) * case.key_width**-0.5
-        return _Block(
-            q, draw(case.key_heads, case.key_width), draw(case.key_heads, case.value_width), draw(case.model_width)
-        )
-
-    def run(self, mixer: nn.Module, block: _Block, state: Any = None, **keywords: Any) -> tuple[Tensor, Any]:
-        state = self.begin() if state is None else state
-        return mixer(block.q, block.k, block.v, x=block.x, state=state, **keywords)
-
-    def same(self, found: Any, expected: Any, what: str) -> None:
-        """Compare two (result, state), or results alone where states may hold spare room."""
-        if not self.constant_state:
-            found, expected = found[0], expected[0]
-        same(found, expected, self.tolerance, what)
-
-    def cut(self, mixer: nn.Module, block: _Block, places: Sequence[int]) -> tuple[Tensor, Any]:
-        outputs, state = [], None
-        for begin, end in zip([0, *places], [*places, block.q.shape[1]], strict=True):
-            o, state = self.run(mixer, block.part(begin, end), state)
-            outputs.append(o)
-        return torch.cat(outputs, 1), state
-
-
-def _shape(trial: _Trial) -> None:
+def _shape(trial: Trial) -> None:
     case = replace(trial.case, length=5)
     o, _ = trial.run(trial.mixer(case), trial.block(case))
-    expected = (case.batch, case.length, case.heads, case.value_width)
+    expected = (case.batch, case.length, *((case.model_width,) if trial.layer else (case.heads, case.value_width)))
     if tuple(o.shape) != expected or o.dtype != case.dtype:
         raise AssertionError(f"shape: the result is {tuple(o.shape)}, {o.dtype}; expected {expected}, {case.dtype}")
     if not o.isfinite().all():
         raise AssertionError("shape: the result holds NaN or infinity")
 
 
-def _causal(trial: _Trial) -> None:
+def _causal(trial: Trial) -> None:
     mixer, block, other = trial.mixer(), trial.block(), trial.block(salt=7)
     o, _ = trial.run(mixer, block)
     for at in {1, trial.case.length // 2, trial.case.length - 1}:
-        mixed = [torch.cat([a[:, :at], 3 * b[:, at:]], 1) for a, b in _pairs(block, other)]
-        changed, _ = trial.run(mixer, _Block(*mixed))
+        mixed = {n: torch.cat([a[:, :at], 3 * other.named[n][:, at:]], 1) for n, a in block.named.items()}
+        changed, _ = trial.run(mixer, Block(mixed))
         same(changed[:, :at], o[:, :at], trial.tolerance, f"causal: outputs before token {at}, which changed")
         if torch.equal(changed[:, at:], o[:, at:]):
             raise AssertionError(f"causal: nothing changed from token {at} on although the inputs did")
 
 
-def _chunked(trial: _Trial) -> None:
+def _chunked(trial: Trial) -> None:
     mixer, block, T = trial.mixer(), trial.block(), trial.case.length
     whole = trial.run(mixer, block)
     for places in ([1], [T // 2], [T - 1], [3, 4, T // 2 + 1], [T // 3, 2 * T // 3]):
         trial.same(trial.cut(mixer, block, places), whole, f"chunked, cut at {places}")
 
 
-def _stepwise(trial: _Trial) -> None:
+def _stepwise(trial: Trial) -> None:
     mixer, block, T = trial.mixer(), trial.block(), trial.case.length
     with torch.no_grad():
         whole = trial.run(mixer, block)
@@ -198,7 +112,7 @@ def _stepwise(trial: _Trial) -> None:
         trial.same(trial.cut(mixer, block, range(T // 2, T)), whole, "stepwise after a prefill")
 
 
-def _batched(trial: _Trial) -> None:
+def _batched(trial: Trial) -> None:
     mixer, block = trial.mixer(), trial.block()
     o, _ = trial.run(mixer, block)
     for row in range(trial.case.batch):
@@ -206,7 +120,7 @@ def _batched(trial: _Trial) -> None:
         same(one, o[row : row + 1], trial.tolerance, f"batched: row {row} alone")
 
 
-def _packed(trial: _Trial) -> None:
+def _packed(trial: Trial) -> None:
     T = trial.case.length
     lengths = (1, T // 2, 3, T - T // 2 - 4)
     case = replace(trial.case, batch=1)
@@ -228,7 +142,7 @@ def _packed(trial: _Trial) -> None:
             same(rows, dict(leaves(own)), trial.tolerance, f"packed: state of document {row}")
 
 
-def _padded(trial: _Trial) -> None:
+def _padded(trial: Trial) -> None:
     from lineament.nn import Rows
 
     mixer, T = trial.mixer(), trial.case.length
@@ -251,24 +165,24 @@ def _padded(trial: _Trial) -> None:
             same(o[row : row + 1, where], one, trial.tolerance, f"padded on the {side}: row {row}")
 
 
-def _grouped(trial: _Trial) -> None:
+def _grouped(trial: Trial) -> None:
     for key_heads in sorted({1, trial.case.heads // 2, trial.case.heads}):
         case = replace(trial.case, key_heads=key_heads, length=9)
         mixer, block = trial.mixer(case), trial.block(case)
         groups = case.heads // key_heads
         whole = trial.run(mixer, block)
         trial.same(trial.cut(mixer, block, [4]), whole, f"grouped, {key_heads} key heads, cut")
-        for name in ("k", "v"):
-            changed = getattr(block, name).clone()
+        for name in () if trial.layer else ("k", "v"):
+            changed = block.named[name].clone()
             changed[:, :, -1] *= -1.5
-            o, _ = trial.run(mixer, replace(block, **{name: changed}))
+            o, _ = trial.run(mixer, block.changed(**{name: changed}))
             own = case.heads - groups
             same(o[:, :, :own], whole[0][:, :, :own], trial.tolerance, f"grouped: {name} of the last head, other heads")
             if torch.allclose(o[:, :, own:], whole[0][:, :, own:]):
                 raise AssertionError(f"grouped: {name} of the last head changed nothing in its own query heads")
 
 
-def _reordered(trial: _Trial) -> None:
+def _reordered(trial: Trial) -> None:
     from lineament.nn.state import tree_map
 
     mixer, block, more = trial.mixer(), trial.block(), trial.block(salt=5)
@@ -285,21 +199,14 @@ def _reordered(trial: _Trial) -> None:
     same(o, expected[index], trial.tolerance, "reordered: rows of the state taken and repeated")
 
 
-def _gradients(trial: _Trial) -> None:
+def _gradients(trial: Trial) -> None:
     case = replace(trial.case, length=min(trial.case.length, 40))
     mixer, block = trial.mixer(case), trial.block(case)
-    slopes = []
-    for places in ([], [1, case.length // 2]):
-        given = block.map(lambda x: x.clone().requires_grad_())
-        o, _ = trial.cut(mixer, given, places)
-        weight = torch.arange(o.numel(), device=o.device, dtype=o.dtype).view(o.shape).sin()
-        wanted = [*given.tensors().values(), *(p for p in mixer.parameters() if p.requires_grad)]
-        slopes.append(torch.autograd.grad((o * weight).sum(), wanted, allow_unused=True))
-    whole, cut = ([torch.zeros(1) if g is None else g for g in each] for each in slopes)
+    whole, cut = trial.slopes(mixer, block), trial.slopes(mixer, block, [1, case.length // 2])
     same(cut, whole, 10 * trial.tolerance, "gradients of a sequence in pieces")
 
 
-def _gradcheck(trial: _Trial) -> None:
+def _gradcheck(trial: Trial) -> None:
     if trial.case.dtype != torch.float64:
         return  # finite differences need it
     case = replace(trial.case, batch=1, length=6, heads=2, key_heads=1)
@@ -307,16 +214,20 @@ def _gradcheck(trial: _Trial) -> None:
     weights = {name: p.detach().clone() for name, p in mixer.named_parameters() if p.requires_grad}
     given = [x.requires_grad_() for x in (*block.tensors().values(), *weights.values())]
 
-    def function(q: Tensor, k: Tensor, v: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
-        named = dict(zip(weights, rest, strict=True))
-        keywords = {"x": x, "state": trial.begin()}
-        return torch.func.functional_call(mixer, named, (q, k, v), keywords)[0]
+    def function(*found: Tensor) -> Tensor:
+        inputs = dict(zip([*block.named, *weights], found, strict=True))
+        named = {name: inputs.pop(name) for name in weights}
+
+        def call(*args: Any, **keywords: Any) -> Any:
+            return torch.func.functional_call(mixer, named, args, keywords)
+
+        return trial.run(call, Block(inputs))[0]
 
     if not torch.autograd.gradcheck(function, given, fast_mode=True, raise_exception=False, atol=1e-4):
         raise AssertionError("gradcheck: the gradients are not those of finite differences")
 
 
-def _bf16(trial: _Trial) -> None:
+def _bf16(trial: Trial) -> None:
     case = replace(trial.case, dtype=torch.bfloat16)
     mixer, block = trial.mixer(case), trial.block(case)
     wide = copy.deepcopy(mixer).double()
@@ -331,7 +242,7 @@ def _bf16(trial: _Trial) -> None:
         2 * TOLERANCE[torch.bfloat16], "bf16: a step")  # fmt: skip
 
 
-def _large(trial: _Trial) -> None:
+def _large(trial: Trial) -> None:
     mixer, block = trial.mixer(), trial.block()
     given = block.map(lambda x: (30 * x).requires_grad_())
     o, _ = trial.run(mixer, given)
@@ -341,13 +252,13 @@ def _large(trial: _Trial) -> None:
             raise AssertionError(f"{name} holds NaN or infinity")
 
 
-def _deterministic(trial: _Trial) -> None:
+def _deterministic(trial: Trial) -> None:
     block = trial.block()
     first = copied(trial.run(trial.mixer(), block))
     same(copied(trial.run(trial.mixer(), block)), first, 0.0, "deterministic: the same mixer built and run again")
 
 
-def _pure(trial: _Trial) -> None:
+def _pure(trial: Trial) -> None:
     mixer, block = trial.mixer(), trial.block()
     before = copied(block)
     _, state = trial.run(mixer, block)
@@ -359,7 +270,7 @@ def _pure(trial: _Trial) -> None:
     same(copied(state), kept, 0.0, "pure: the state given to a block of tokens")
 
 
-def _constant(trial: _Trial) -> None:
+def _constant(trial: Trial) -> None:
     if not trial.constant_state:
         return
     mixer, sizes = trial.mixer(), []
@@ -372,7 +283,7 @@ def _constant(trial: _Trial) -> None:
         raise AssertionError(f"constant: the state grew from {sizes[0]} to {sizes[1]} bytes with the sequence")
 
 
-MIXER_LAWS: dict[str, Callable[[_Trial], None]] = {
+MIXER_LAWS: dict[str, Callable[[Trial], None]] = {
     "shape": _shape,
     "causal": _causal,
     "chunked": _chunked,
@@ -389,9 +300,8 @@ MIXER_LAWS: dict[str, Callable[[_Trial], None]] = {
     "deterministic": _deterministic,
     "pure": _pure,
     "constant": _constant,
+    **NUMERIC_LAWS,
 }
 """The laws of `check_mixer`, by name."""
 
-
-def _pairs(a: _Block, b: _Block) -> Iterable[tuple[Tensor, Tensor]]:
-    return zip(a.tensors().values(), b.tensors().values(), strict=True)
+KNOWN = {**MIXER_LAWS, **SLOW_LAWS}

@@ -53,7 +53,20 @@ def delta_inputs(case: OpCase) -> tuple[Tensor | None, ...]:
     return q, k, v, beta, _log_decay(case)
 
 
-INPUTS: dict[str, Inputs] = {"decayed_attention": decayed_inputs, "delta_rule": delta_inputs}
+def scan_inputs(case: OpCase) -> tuple[Tensor | None, ...]:
+    """Make (x, log_decay) for `elementwise_scan`: decays of 0, per key channel, or per head and broadcast."""
+    gates = _log_decay(replace(case, value_heads=case.key_heads))
+    x = case.draw(case.batch, case.length, case.key_heads, case.key_width, salt=1)
+    if gates is None:
+        return x, torch.zeros_like(x)
+    return x, gates if gates.dim() == 4 else gates[..., None]
+
+
+INPUTS: dict[str, Inputs] = {
+    "decayed_attention": decayed_inputs,
+    "delta_rule": delta_inputs,
+    "elementwise_scan": scan_inputs,
+}
 """By the name of the operator."""
 
 
@@ -78,7 +91,7 @@ def check_op(
     Args:
         op: called as `op(*inputs, state=, cu_seqlens=, backend=) -> (o, state)`, axes [B, T, ...].
         backend: the name under test.
-        inputs: makes the tensors of a case; known for `decayed_attention` and `delta_rule`.
+        inputs: makes the tensors of a case; known for the operators in `INPUTS`.
         reference: the backend that is trusted.
         chunk: tokens per chunk of the backend.
         laws: some of `OP_LAWS`; all if None.

@@ -9,21 +9,21 @@ from torch import Tensor
 from lineament._base.errors import InputError
 
 
-def checked_lengths(cu_seqlens: Tensor, q: Tensor) -> list[int]:
+def checked_lengths(cu_seqlens: Tensor, q: Tensor, name: str = "q") -> list[int]:
     """Return the length of every document.
 
     Raises:
-        InputError: cu_seqlens isn't a rising list of ints from 0 to T, or q has more than one row.
+        InputError: cu_seqlens isn't a rising list of ints from 0 to T, or q (called `name`) has more than one row.
     """
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
         given = f"shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}"
         raise InputError(f"cu_seqlens has {given}; expected [N + 1] ints, the borders of N documents")
     if q.shape[0] != 1:
-        raise InputError(f"q has B={q.shape[0]}, but cu_seqlens packs all documents in one row; expected B=1")
+        raise InputError(f"{name} has B={q.shape[0]}, but cu_seqlens packs all documents in one row; expected B=1")
     borders = cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(borders)]
     if borders[0] != 0 or borders[-1] != q.shape[1] or min(lengths) < 0:
-        raise InputError(f"cu_seqlens is {borders}; expected a rising list from 0 to T={q.shape[1]} of q")
+        raise InputError(f"cu_seqlens is {borders}; expected a rising list from 0 to T={q.shape[1]} of {name}")
     return lengths
 
 
