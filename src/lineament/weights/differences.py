@@ -31,6 +31,9 @@ def check_alike(a: "Point", b: "Point") -> None:
     """
     ours, theirs = dict(a.specs), dict(b.specs)
     sparse_a, sparse_b = (all(source.sparse for source, _ in point.terms) for point in (a, b))
+    if not (sparse_a and sparse_b):
+        _check_names(a, b, [] if sparse_b else [n for n in ours if n not in theirs and n not in b.ties],
+                     [] if sparse_a else [n for n in theirs if n not in ours and n not in a.ties])  # fmt: skip
     if not (sparse_a or sparse_b) and dict(a.ties) != dict(b.ties):
         mixed = [name for name in {**a.ties, **b.ties} if a.ties.get(name) != b.ties.get(name)]
         if any(name in ours or name in theirs for name in mixed):
@@ -38,9 +41,6 @@ def check_alike(a: "Point", b: "Point") -> None:
                 f"{listed(mixed)} is tied in one of {a.label} and {b.label} and not in the other; untie both "
                 "(point.untie(), --untie)"
             )
-    if not (sparse_a and sparse_b):
-        _check_names(a, b, [] if sparse_b else [n for n in ours if n not in theirs and n not in b.ties],
-                     [] if sparse_a else [n for n in theirs if n not in ours and n not in a.ties])  # fmt: skip
     shapes = [
         f"{n} {ours[n].shape} and {theirs[n].shape}" for n in ours if n in theirs and ours[n].shape != theirs[n].shape
     ]

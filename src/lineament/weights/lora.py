@@ -171,3 +171,47 @@ def factorise(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     total = float(s.square().sum())
     kept = float(s[:rank].square().sum()) / total if total else 1.0
     return root[:, None] * v[:rank], u[:, :rank] * root, kept
+
+
+def extract_adapter(tuned: Point, base: Point, out: str | Path, *, rank: int, base_name: str) -> dict[str, float]:
+    """Write the difference of two models as a LoRA adapter that peft opens; matrices by factors, the rest whole.
+
+    Args:
+        rank: of every matrix; embeddings and vectors that changed are saved whole (`modules_to_save`).
+        base_name: what the adapter names as its base.
+
+    Returns:
+        Weight's name -> share of the squared difference that its factors keep.
+
+    Raises:
+        InputError: the models differ in names or shapes, in nothing at all, or `out` exists.
+    """
+    from lineament.weights.vocabulary import ENDS
+
+    if rank < 1:
+        raise InputError(f"rank is {rank}; expected at least 1")
+    delta = tuned - base
+    tensors, kept, whole, ranks = {}, {}, [], {}
+    for name, spec in delta.specs.items():
+        if not spec.floating or not bool((change := delta.value(name)).any()):
+            continue
+        module = name.removesuffix(".weight")
+        if len(spec.shape) == 2 and not name.endswith(ENDS):
+            down, up, kept[name] = factorise(change, rank)
+            ranks[module] = len(down)
+            tensors |= {f"{PREFIX}{module}.lora_A.weight": down, f"{PREFIX}{module}.lora_B.weight": up}
+        else:
+            whole.append(module)
+            tensors[f"{PREFIX}{name}"] = tuned[name].clone()
+    if not tensors:
+        raise InputError(f"{tuned.label} and {base.label} are equal; there is nothing to extract")
+    small = {re.escape(module): r for module, r in ranks.items() if r != rank}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
+        "lora_alpha": rank, "rank_pattern": small, "alpha_pattern": small, "target_modules": sorted(ranks),
+        "modules_to_save": whole or None, "bias": "none", "inference_mode": True,
+    }  # fmt: skip
+    with io.building_folder(out) as partial:
+        io.save_tensors(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+        io.write_json(partial / "adapter_config.json", config)
+    return kept

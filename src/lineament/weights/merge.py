@@ -166,8 +166,6 @@ def _run(row: Method, task: Task, name: str, spec: Spec, seed: int) -> Tensor:
     inputs, options = Inputs(task.inputs), dict(task.options)
     if not spec.floating:
         return _agreed(name, [*task.inputs, *([task.base] if task.base else [])])
-    if row.singles and len(task.inputs) + (task.base is not None) == 1:
-        return inputs[0] if task.inputs else Inputs([task.base])[0]  # pyright: ignore[reportArgumentType]
     base = Inputs([task.base])[0] if task.base else None
     if not task.inputs:
         assert base is not None
@@ -274,6 +272,8 @@ def resolve(
         found[key] = [_value(key, scopes, default, name, t) for scopes in settings]
     for key, default in row.shared.items():
         found[key] = _value(key, shared, default, name, t)
+    if row.check:
+        row.check(found)
     return found
 
 

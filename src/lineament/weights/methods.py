@@ -24,8 +24,8 @@ class Method:
         base: "needed", "optional" (task vectors if given), or "none" (a base among the models is one of them).
         models: least and most number of models beside the base.
         each: options with one value per model, and their defaults. shared: options with one value.
+        check: what is refused of the options, before a tensor is read.
         draws: hand `run` one random generator per model. statistics: hand it one statistic per model.
-        singles: a tensor that only one of the models has is taken from it.
     """
 
     about: str
@@ -34,9 +34,9 @@ class Method:
     models: tuple[int, int] = (1, 10_000)
     each: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Mapping[str, Any]], None] | None = None
     draws: bool = False
     statistics: bool = False
-    singles: bool = False
 
 
 def _family(
@@ -52,10 +52,16 @@ def _spectral(run: Callable[..., Tensor], about: str) -> Method:
     return Method(about=about, run=run, base="needed", each={"weight": 1.0}, shared={"lambda": 1.0})
 
 
+def _sums(options: Mapping[str, Any]) -> None:
+    if options.get("normalize", options.get("normalize_weights")):
+        task_vectors.total_weight(options["weight"])
+
+
 _WEIGHT = {"weight": 1.0}
 METHODS: dict[str, Method] = {
     "linear": Method(
-        about="weighted average", run=task_vectors.linear, each={"weight": NEEDED}, shared={"normalize": True}
+        about="weighted average", run=task_vectors.linear, each={"weight": NEEDED}, shared={"normalize": True},
+        check=_sums,
     ),
     "task_arithmetic": _family("base plus weighted task vectors"),
     "ties": _family("task vectors trimmed by magnitude, signs elected", largest, elect=True, normalize=True),
@@ -67,12 +73,12 @@ METHODS: dict[str, Method] = {
                      epsilon=0.15),
     "della_linear": _family("thinned by rank of magnitude", by_rank, rescale="l1", epsilon=0.15),
     "slerp": Method(about="arc from base to the other model", run=spheres.slerp, base="needed", models=(1, 1),
-                    shared={"t": NEEDED}, singles=True),
+                    shared={"t": NEEDED}),
     "nuslerp": Method(about="arc between two models or their task vectors", run=spheres.nuslerp, base="optional",
                       models=(2, 2), each={"weight": NEEDED},
-                      shared={"nuslerp_flatten": True, "nuslerp_row_wise": False}, singles=True),
+                      shared={"nuslerp_flatten": True, "nuslerp_row_wise": False}),
     "multislerp": Method(about="mean direction, mean length", run=spheres.multislerp, base="optional",
-                         each={"weight": NEEDED}, shared={"normalize_weights": True, "eps": 1e-8}),
+                         each={"weight": NEEDED}, shared={"normalize_weights": True, "eps": 1e-8}, check=_sums),
     "karcher": Method(about="mean along arcs", run=spheres.karcher, shared={"max_iter": 10, "tol": 1e-5}),
     "model_stock": Method(about="between base and mean, by the angles of task vectors", run=choices.model_stock,
                           base="needed", models=(2, 10_000), shared={"filter_wise": False}),
@@ -83,9 +89,9 @@ METHODS: dict[str, Method] = {
     "ramplus_tl": Method(about="the same, own changes amplified", run=choices.ram, base="needed",
                          shared={"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}),
     "nearswap": Method(about="towards the other model by at most t", run=choices.nearswap, base="needed",
-                       models=(1, 1), shared={"t": NEEDED}, singles=True),
+                       models=(1, 1), shared={"t": NEEDED}),
     "arcee_fusion": Method(about="entries that matter most to the output", run=choices.arcee_fusion, base="needed",
-                           models=(1, 1), draws=True, singles=True),
+                           models=(1, 1), draws=True),
     "passthrough": Method(about="one model's tensors, for slices", run=choices.passthrough, models=(1, 1),
                           each={"scale": None}),
     "fisher": Method(about="entries weighted by Fisher information", run=statistics.fisher_merge, each=_WEIGHT,

@@ -9,6 +9,7 @@ from torch import Tensor
 from lineament._base.errors import InputError
 from lineament.weights.geometry import dot_product
 from lineament.weights.geometry import slerp as arc
+from lineament.weights.task_vectors import total_weight
 
 
 def slerp(tensors: Sequence[Tensor], base: Tensor, *, t: float) -> Tensor:
@@ -53,10 +54,8 @@ def multislerp(
     if len(tensors) == 1:
         return tensors[0].float()
     vectors = [x.float() if base is None else x.float() - base for x in tensors]
-    total = sum(weight)
-    if normalize_weights and abs(total) < 1e-12:
-        raise InputError(f"the weights {list(weight)} sum to zero; set normalize_weights: false or other weights")
-    weight = [w / total for w in weight] if normalize_weights else list(weight)
+    total = total_weight(weight) if normalize_weights else 1.0
+    weight = [w / total for w in weight]
     lengths = [math.sqrt(dot_product(v, v)) for v in vectors]
     mean = _combined(vectors, [w / (length + eps) for w, length in zip(weight, lengths, strict=True)])
     size = math.sqrt(dot_product(mean, mean))

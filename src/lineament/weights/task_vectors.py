@@ -21,7 +21,7 @@ Trim = Callable[..., Tensor]
 
 def linear(tensors: Sequence[Tensor], base: Tensor | None, *, weight: Sequence[float], normalize: bool) -> Tensor:
     """Weighted average `sum w_i x_i / sum w_i` (model soups, Wortsman et al. 2022, 2203.05482)."""
-    total = _total(weight, "weight") if normalize else 1.0
+    total = total_weight(weight) if normalize else 1.0
     found: Tensor | None = None
     for x, w in zip(tensors, weight, strict=True):
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -31,10 +31,15 @@ def linear(tensors: Sequence[Tensor], base: Tensor | None, *, weight: Sequence[f
     return found
 
 
-def _total(weight: Sequence[float], what: str) -> float:
+def total_weight(weight: Sequence[float]) -> float:
+    """Return the sum of the weights.
+
+    Raises:
+        InputError: it is zero, so that there is nothing to divide by.
+    """
     total = sum(weight)
     if abs(total) < 1e-12:
-        raise InputError(f"the {what}s {list(weight)} sum to zero; set normalize: false or other {what}s")
+        raise InputError(f"the weights {list(weight)} sum to zero; choose others or do not normalise")
     return total
 
 

@@ -18,16 +18,14 @@ OURS = ("config.json", "adapter_config.json", "lineament.json", "evidence.json",
 PLAN = ".plan"  # what is being written, so that other work is not taken for the same
 
 
-class NotFiniteError(InputError):
-    """A tensor holds NaN or infinity; there is nothing worth keeping in what was written so far."""
-
-
 class Rounded(Mapping[str, Tensor]):
     """A point as it is written: each tensor evaluated when it is asked for, rounded once, checked to be finite."""
 
     def __init__(self, point: Point, dtype: torch.dtype | None = None) -> None:
         self.point = point.to(dtype) if dtype else point
         self.specs = self.point.specs
+        self.failed = False
+        """Whether a tensor could not be computed; then what was written so far is worth nothing."""
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype it is written in."""
@@ -42,8 +40,12 @@ class Rounded(Mapping[str, Tensor]):
         return sum(spec.nbytes for spec in self.specs.values()) if name is None else self.specs[name].nbytes
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.point[name]
-        check_tensor(name, tensor, self.point.label)
+        try:
+            tensor = self.point[name]
+            check_tensor(name, tensor, self.point.label)
+        except InputError:
+            self.failed = True
+            raise
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -57,15 +59,13 @@ def check_tensor(name: str, tensor: Tensor, label: str) -> None:
     """Check that a floating tensor is finite.
 
     Raises:
-        NotFiniteError: names the tensor and where it is from.
+        InputError: names the tensor and where it is from.
     """
     if not tensor.is_floating_point():
         return
     total = tensor.float().sum() if tensor.itemsize == 1 else tensor.sum()  # one pass; overflow is looked into below
     if not torch.isfinite(total) and (count := int((~torch.isfinite(tensor.float())).sum())):
-        raise NotFiniteError(
-            f"{name!r} of {label} holds {count} NaN or infinite numbers; get it again or repair it first"
-        )
+        raise InputError(f"{name!r} of {label} holds {count} NaN or infinite numbers; get it again or repair it first")
 
 
 def write_point(
@@ -114,8 +114,8 @@ def write_point(
             io.save_sharded(
                 rounded, partial, max_shard_size=max_shard_size, keep=told["point"] is not None, progress=progress
             )
-        except NotFiniteError:
-            for path in partial.iterdir():
+        except InputError:
+            for path in partial.iterdir() if rounded.failed else ():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             raise
         _write_beside(point, rounded, partial, config or {})

@@ -1,0 +1,217 @@
+"""`lineament merge` and `diff`: models as points."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def merge(
+    models: Annotated[
+        list[str], typer.Argument(help="Models (folder, Hub name, GGUF, smollm2, base+lora), or one plan.yml.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the result; must not exist.")],
+    method: Annotated[
+        str | None, typer.Option(help="linear, ties, slerp, ... (`merge --help` of the docs lists all).")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The model that task vectors are taken from.")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="One per model, or one for all.")] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Share of a task vector kept, one per model or for all.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="option=value of the method, e.g. t=0.5, lambda=0.8.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as the models.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="union, base or a model: whose vocabulary the result has.")
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="auto, chatml or the template itself.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    extract_lora: Annotated[
+        int | None, typer.Option(help="Write the one model minus --base as a LoRA of this rank.")
+    ] = None,
+    any_base: Annotated[bool, typer.Option(help="Accept a LoRA on a base of another name.")] = False,
+    dequantise: Annotated[bool, typer.Option(help="Unpack float8 and int8 weights.")] = False,
+    untie: Annotated[bool, typer.Option(help="Give tied embeddings tensors of their own.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the methods that draw at random.")] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and say what it needs; write nothing.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from OUT.partial when it is there.")] = True,
+    json: Json = False,
+) -> None:
+    """Merge models into one that transformers opens: by flags, or by a plan in mergekit's YAML.
+
+    Work happens in OUT.partial; OUT appears complete or not at all, and the same command goes on after an interruption.
+    Example: lineament merge tuned-a tuned-b --base smollm2 --method ties --density 0.5 -o merged
+    """
+    from lineament.cli.messages import print_json, quiet, show
+    from lineament.weights import assemble
+
+    quiet()
+    if extract_lora is not None:
+        return _extract(models, base, out, extract_lora, json)
+    recipe = _recipe(models, method, base, weight, density, set_, dtype, tokenizer, chat_template)
+    prepared = assemble.prepare(recipe, seed=seed, any_base=any_base, dequantise=dequantise, untie=untie)
+    costs = prepared.costs()
+    if not dry_run:
+        with _bytes(costs["written"], "merge") as progress:
+            assemble.run_recipe(
+                recipe, out, prepared=prepared, max_shard_size=shard_size, progress=progress, resume=resume
+            )
+    told = {"out": str(out), "method": recipe.method, "models": recipe.models, **costs, "notes": list(prepared.notes)}
+    if json:
+        print_json({**told, "dry_run": dry_run})
+    else:
+        show(*_told(told, dry_run))
+
+
+def _recipe(
+    models: list[str], method: str | None, base: str | None, weight: list[float] | None, density: list[float] | None,
+    set_: list[str] | None, dtype: str | None, tokenizer: str | None, chat_template: str | None,
+) -> Any:  # fmt: skip
+    from lineament._base.errors import InputError
+    from lineament.weights.recipe import read_recipe
+
+    given = {"merge_method": method, "base_model": base, "dtype": dtype, "tokenizer_source": tokenizer,
+             "chat_template": chat_template}  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(models) == 1 and models[0].endswith((".yml", ".yaml")):
+        said = [*given, *(["weight"] if weight else []), *(["density"] if density else []), *(["set"] if set_ else [])]
+        if said:
+            raise InputError(f"{models[0]} is a whole plan; say {', '.join(said)} in it, not beside it")
+        return read_recipe(models[0])
+    parameters: dict[str, Any] = {}
+    for pair in set_ or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--set {pair!r} is not understood; expected option=value")
+        parameters[name] = _value(value)
+    parts: list[dict[str, Any]] = [{"model": name, "parameters": {}} for name in models]
+    others = [part for part in parts if part["model"] != base]
+    method = given.setdefault("merge_method", "linear")
+    if weight is None and method in ("linear", "nuslerp", "multislerp"):
+        weight = [1.0]
+    for option, values in (("weight", weight), ("density", density)):
+        if values and len(values) not in (1, len(others)):
+            raise InputError(
+                f"--{option} was given {len(values)} times for {len(others)} models; once, or once per model"
+            )
+        for part, value in zip(others, (values or []) * (len(others) if len(values or []) == 1 else 1), strict=False):
+            part["parameters"][option] = value
+    return read_recipe({**given, "models": parts, "parameters": parameters})
+
+
+def _value(text: str) -> Any:
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _told(told: dict[str, Any], dry_run: bool) -> list[str]:
+    from lineament.io import free_bytes, human_bytes
+
+    lines = [f"{told['method']} of {', '.join(told['models'])}", *told["notes"]]
+    size = {name: human_bytes(told[name]) for name in ("read", "written", "memory", "disk")}
+    lines.append(f"{told['tensors']} tensors, reads {size['read']}, writes {size['written']}")
+    if dry_run:
+        free = human_bytes(free_bytes(told["out"]))
+        lines.append(
+            f"needs {size['memory']} of memory at most and {size['disk']} of disk ({free} free); nothing was written"
+        )
+    else:
+        lines.append(f"merged: {told['out']}")
+    return lines
+
+
+def _extract(models: list[str], base: str | None, out: Path, rank: int, json: bool) -> None:
+    from lineament._base.errors import InputError
+    from lineament.cli.messages import print_json, show
+    from lineament.weights import Point
+    from lineament.weights.lora import extract_adapter
+
+    if len(models) != 1 or base is None:
+        raise InputError(f"--extract-lora takes one model and --base; given {len(models)} models, base {base}")
+    kept = extract_adapter(Point.open(models[0]), Point.open(base), out, rank=rank, base_name=base)
+    least = min(kept.items(), key=lambda item: item[1], default=("nothing", 1.0))
+    told = {"out": str(out), "rank": rank, "matrices": len(kept), "least kept": least[1], "where": least[0]}
+    if json:
+        print_json({**told, "kept": kept})
+    else:
+        share = f"it keeps at least {least[1]:.1%} of the squared difference ({least[0]})"
+        show(f"LoRA of rank {rank} over {len(kept)} matrices; {share}", f"adapter: {out}")
+
+
+def diff(
+    first: Annotated[str, typer.Argument(help="A model.")],
+    second: Annotated[str, typer.Argument(help="Another one of the same shape.")],
+    ranks: Annotated[bool, typer.Option(help="Also the effective rank of each difference.")] = True,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a heatmap (PNG) of layers and kinds of tensors here.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="How many tensors to list, the most moved first.")] = 20,
+    json: Json = False,
+) -> None:
+    """Compare two models layer by layer: distance, angle, and how many directions the difference has.
+
+    Example: lineament diff smollm2 tuned --picture moved.png
+    """
+    from lineament.cli.messages import print_json, quiet, show
+    from lineament.report import heatmap, table
+    from lineament.weights import Point, compare
+
+    quiet()
+    a, b = Point.open(first), Point.open(second)
+    rows = []
+    with _bytes(a.nbytes(), "compare") as progress:
+        for row in compare.compare(a, b, ranks=ranks):
+            rows.append(row)
+            progress(a.nbytes(row["tensor"]))
+    if picture is not None:
+        kinds, _, values = compare.grid(rows)
+        drawn = heatmap(values, xlabel="layer", ylabel="tensor (top to bottom as in the model)",
+                        title=f"{Path(second).name} - {Path(first).name}", unit="relative distance")  # fmt: skip
+        picture.write_bytes(drawn)
+    if json:
+        print_json({"all": compare.total(rows), "tensors": rows})
+        return
+    moved = sorted(rows, key=lambda row: -(row["relative"] if row["relative"] == row["relative"] else 0))
+    show(table([compare.total(rows), *moved[:top]], title="most moved first; angles in degrees"))
+    if picture is not None:
+        show(f"picture: {picture}; its rows: {', '.join(kinds)}")
+
+
+class _bytes:
+    """A bar on stderr that counts bytes."""
+
+    def __init__(self, total: int, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.task = self.bar.add_task(what, total=total)
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        return lambda count: self.bar.advance(self.task, count)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()

@@ -1,0 +1,436 @@
+"""`lineament merge` and `diff`: plans read as mergekit's, what is refused by name, and kill and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import lineament
+from lineament import io
+from lineament.cli import run
+from lineament.models import tiny_teacher
+from lineament.weights import Point, merge
+
+
+def tokenizer(words, out):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(out)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and two models a step away from it."""
+    home = tmp_path_factory.mktemp("models")
+    tiny_teacher("llama", tie_word_embeddings=False).save_pretrained(home / "base")
+    tokenizer(["<unk>", *(f"w{i}" for i in range(60))], home / "base")
+    base = Point.open(home / "base")
+    for seed, name in enumerate("ab"):
+        g = torch.Generator().manual_seed(seed)
+        step = Point.open({n: 0.1 * torch.randn(s.shape, generator=g) for n, s in base.specs.items()}, copy=False)
+        (base + step).save(home / name, max_shard_size="30kB")
+    return home
+
+
+@pytest.fixture
+def here(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "a", "b"):
+        (tmp_path / name).symlink_to(models / name)
+    return tmp_path
+
+
+def plan(here, text):
+    (here / "plan.yml").write_text(text)
+    return "plan.yml"
+
+
+def test_flags_and_yaml_say_the_same(here, capsys):
+    flags = [
+        "merge",
+        "a",
+        "b",
+        "--base",
+        "base",
+        "--method",
+        "ties",
+        "--weight",
+        "1",
+        "--density",
+        "0.3",
+        "--density",
+        "0.6",
+    ]
+    assert run([*flags, "-o", "one", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    text = """
+merge_method: ties
+base_model: base
+models:
+  - {model: a, parameters: {weight: 1, density: 0.3}}
+  - {model: b, parameters: {weight: 1, density: 0.6}}
+  - model: base
+"""
+    assert run(["merge", plan(here, text), "-o", "two", "--shard-size", "40kB"]) == 0
+    one, two = Point.open("one"), Point.open("two")
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    expected = merge(["a", "b"], "ties", base="base", weight=1.0, density=[0.3, 0.6])
+    assert all(torch.equal(one[n], expected[n]) for n in one)
+    assert told["written"] == sum(one.nbytes(n) for n in one)
+    assert len(list((here / "two").glob("*.safetensors"))) > 1
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained("two")
+    assert AutoTokenizer.from_pretrained("two")("w3 w5")["input_ids"] == [4, 6]
+    card = (here / "two" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert '"merge_method": "ties"' in card
+
+
+def test_layer_gradients_filters_lambda_normalize_and_dtypes(here):
+    text = """
+merge_method: task_arithmetic
+base_model: base
+models:
+  - model: a
+    parameters:
+      weight:
+        - {filter: mlp, value: [0, 0.5, 1]}
+        - {filter: self_attn, value: 1e-1}
+        - value: 0.25
+  - {model: b, parameters: {weight: 0.5}}
+parameters: {lambda: 0.8, normalize: false, int8_mask: true}
+dtype: float32
+out_dtype: bfloat16
+"""
+    assert run(["merge", plan(here, text), "-o", "c"]) == 0
+    base, a, b, c = (Point.open(n) for n in ("base", "a", "b", "c"))
+    for name in c:
+        layer = next((int(p) for p in name.split(".") if p.isdigit()), None)
+        w = layer / 2 if ".mlp." in name else 0.1 if "self_attn" in name else 0.25
+        expected = base[name] + 0.8 * (w * (a[name] - base[name]) + 0.5 * (b[name] - base[name]))
+        assert c[name].dtype == torch.bfloat16
+        torch.testing.assert_close(c[name].float(), expected, rtol=0.008, atol=1e-6)
+    assert json.loads((here / "c" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_slices_stack_layers_and_blend_others(here):
+    text = """
+merge_method: slerp
+base_model: a
+modules:
+  default:
+    slices:
+      - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]
+        parameters: {t: [0, 1]}
+      - sources: [{model: a, layer_range: [1, 3]}, {model: b, layer_range: [1, 3]}]
+        parameters: {t: 0.5}
+"""
+    assert run(["merge", plan(here, text), "-o", "c"]) == 0
+    from transformers import AutoModelForCausalLM
+
+    a, b, c = (Point.open(n) for n in "abc")
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(c[name.format(0)], a[name.format(0)])
+    torch.testing.assert_close(c[name.format(1)], b[name.format(1)])
+    torch.testing.assert_close(c[name.format(3)], a.slerp(b, 0.5)[name.format(2)])
+    assert torch.equal(c["model.embed_tokens.weight"], a["model.embed_tokens.weight"])  # t is 0 before the layers
+    torch.testing.assert_close(c["model.norm.weight"], a.slerp(b, 0.5)["model.norm.weight"])
+    model = AutoModelForCausalLM.from_pretrained("c")
+    assert model.config.num_hidden_layers == 4
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_passthrough_repeats_layers(here):
+    text = """
+merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}]
+  - sources: [{model: b, layer_range: [1, 3], parameters: {scale: [{filter: o_proj, value: 0.0}, {value: 1.0}]}}]
+"""
+    assert run(["merge", plan(here, text), "-o", "c"]) == 0
+    b, c = Point.open("b"), Point.open("c")
+    assert torch.equal(c["model.layers.2.mlp.up_proj.weight"], b["model.layers.1.mlp.up_proj.weight"])
+    assert not c["model.layers.3.self_attn.o_proj.weight"].any()
+    assert torch.equal(c["lm_head.weight"], b["lm_head.weight"])
+
+
+@pytest.fixture
+def other_words(here):
+    """A model like b with other words, some of them new, in another order."""
+    words = ["<unk>", *(f"w{i}" for i in range(59, 9, -1)), "new", "newer"]
+    b = Point.open("b")
+    rows = torch.randn(len(words), 24, generator=torch.Generator().manual_seed(3))
+    tensors = {n: rows if n.endswith(("embed_tokens.weight", "lm_head.weight")) else b[n] for n in b}
+    (here / "words").mkdir()
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((here / "b" / name).read_text())
+        (here / "words" / name).write_text(
+            json.dumps(told | ({"vocab_size": len(words)} if name == "config.json" else {}))
+        )
+    save_file({n: x.clone() for n, x in tensors.items()}, here / "words" / "model.safetensors")
+    tokenizer(words, here / "words")
+    return words, rows
+
+
+def test_vocabularies_are_joined_token_by_token(here, other_words, capsys):
+    words, rows = other_words
+    assert run(["merge", "a", "words", "-o", "c"]) == 2
+    assert "only the vocabulary differs (61 and 53 rows)" in capsys.readouterr().err
+    text = """
+merge_method: linear
+models: [{model: a, parameters: {weight: 1}}, {model: words, parameters: {weight: 1}}]
+tokenizer:
+  source: union
+  pad_to_multiple_of: 10
+  tokens:
+    newer: {source: a, force: false}
+    w1: {source: {kind: model_token, model: words, token: new}, force: true}
+    extra: {source: {kind: zero}}
+""".replace("newer: {source: a, force: false}", "newer: {source: words}")
+    assert run(["merge", plan(here, text), "-o", "c"]) == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    c, a = Point.open("c"), Point.open("a")
+    found = AutoTokenizer.from_pretrained("c")
+    ids, e = found.get_vocab(), c["model.embed_tokens.weight"]
+    old = a["model.embed_tokens.weight"]
+    torch.testing.assert_close(e[ids["w20"]], (old[21] + rows[words.index("w20")]) / 2)  # both know it
+    torch.testing.assert_close(e[ids["w5"]], old[6])  # only a knows it
+    torch.testing.assert_close(e[ids["new"]], rows[words.index("new")])
+    torch.testing.assert_close(e[ids["w1"]], rows[words.index("new")])  # forced
+    assert not e[ids["extra"]].any()
+    assert len(e) == 70 == AutoModelForCausalLM.from_pretrained("c").config.vocab_size
+    torch.testing.assert_close(e[-1], e[: len(ids)].mean(0))
+
+
+def test_a_chat_template_is_taken_by_vote_or_given(here):
+    assert run(["merge", "a", "b", "--chat-template", "{{ messages[0]['content'] }}", "-o", "c"]) == 0
+    from transformers import AutoTokenizer
+
+    assert (
+        AutoTokenizer.from_pretrained("c").apply_chat_template([{"role": "u", "content": "hi"}], tokenize=False) == "hi"
+    )
+
+
+def test_a_lora_is_extracted_and_merged_again(here, capsys):
+    base = Point.open("base")
+    g = torch.Generator().manual_seed(0)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    change = torch.randn(48, 3, generator=g) @ torch.randn(3, 24, generator=g)
+    base.replace({name: base[name] + change}).save("tuned")
+    assert run(["merge", "tuned", "--base", "base", "--extract-lora", "3", "-o", "adapter"]) == 0
+    merged = Point.open("adapter", base="base")
+    torch.testing.assert_close(merged[name], base[name] + change, rtol=1e-4, atol=1e-4)
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter").merge_and_unload()
+    torch.testing.assert_close(model.get_parameter(name).data, merged[name], rtol=1e-5, atol=1e-5)
+    assert run(["merge", "base+adapter", "b", "-o", "c"]) == 0
+    torch.testing.assert_close(Point.open("c")[name], (merged[name] + Point.open("b")[name]) / 2)
+    assert run(["merge", "base", "--base", "base", "--extract-lora", "3", "-o", "none"]) == 2
+    assert "nothing to extract" in capsys.readouterr().err
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(here, capsys):
+    before = sorted(here.iterdir())
+    assert run(["merge", "a", "b", "-o", "c", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["memory"] == (2 + 2) * 4 * 61 * 24 + 256_000_000
+    assert told["read"] > told["written"] > 0
+    assert sorted(here.iterdir()) == before
+
+
+def test_diff_tells_distance_angle_and_rank(here, capsys):
+    base = Point.open("base")
+    name = "model.layers.1.mlp.up_proj.weight"
+    base.replace({name: base[name] + torch.outer(torch.ones(32), torch.arange(24.0))}).save("c")
+    assert run(["diff", "base", "c", "--json", "--picture", "p.png"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    row = next(row for row in told["tensors"] if row["tensor"] == name)
+    distance = float((32 * (torch.arange(24.0) ** 2).sum()) ** 0.5)
+    assert row["distance"] == pytest.approx(distance, rel=1e-6)
+    assert row["effective rank"] == pytest.approx(1, abs=1e-3)
+    assert told["all"]["distance"] == pytest.approx(distance, rel=1e-6)
+    assert told["all"]["angle"] == pytest.approx(
+        torch.rad2deg(torch.tensor(base.angle(Point.open("c")))).item(), abs=1e-3
+    )
+    assert (here / "p.png").read_bytes()[:4] == b"\x89PNG"
+    assert run(["diff", "base", "c"]) == 0
+
+
+MERGE = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("merge_method: linear\nmodels: []\n", "exactly one of models, slices and modules"),
+        (MERGE.replace("linear", "liner"), "Did you mean 'linear'"),
+        (
+            MERGE + "tokeniser_source: union\n",
+            "'tokeniser_source', which is not known here. Did you mean 'tokenizer_source'",
+        ),
+        (MERGE + "parameters: {wieght: 1}\n", "'wieght', which no merge method knows. Did you mean 'weight'"),
+        (MERGE.replace("weight: 1", "weight: heavy"), "weight of a is 'heavy'; expected a finite number"),
+        (MERGE.replace("weight: 1", "weight: .nan"), "expected a finite number"),
+        (MERGE.replace("b, parameters: {weight: 1}", "b, parameters: {weight: -1}"), "sum to zero"),
+        (MERGE + "dtype: fp17\n", "dtype is 'fp17'"),
+        (MERGE + "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n", "exactly one of"),
+        ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [2, 9]}]}]\n", "goes beyond its end"),
+        ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [2, 1]}]}]\n", "layer_range of"),
+        ("merge_method: passthrough\nslices: [{sources: [{model: a}]}]\n", "layer_range of"),
+        (MERGE + "modules: {text: 1, vision: 2}\n", "exactly one of"),
+        ("modules: {text: {}, vision: {}}\nmerge_method: linear\n", "text, vision"),
+        (MERGE + "chat_template: alpaca\n", "'alpaca' is not known by name"),
+        (MERGE.replace("model: a", "model: {model: a, lora: x, revision: y}"), "has revision"),
+        ("[1, 2]", "holds no mapping"),
+        ("a: [", "not valid YAML"),
+        (MERGE.replace("model: a", "model: nowhere/to/be"), "does not exist"),
+    ],
+)
+def test_a_bad_plan_is_one_line_and_leaves_nothing(here, capsys, text, said):
+    assert run(["merge", plan(here, text), "-o", "c"]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told
+    assert not list(here.glob("c*"))
+
+
+def spoil(here, what):
+    """Make a model `bad` that is broken in one way; returns what the message must hold."""
+    bad = here / "bad"
+    Point.open("b").save(bad, max_shard_size="30kB")
+    shards = sorted(bad.glob("*.safetensors"))
+    if what == "shard missing":
+        shards[1].unlink()
+        return "is missing, but model.safetensors.index.json lists it"
+    if what == "index lying":
+        index = json.loads((bad / "model.safetensors.index.json").read_text())
+        index["weight_map"]["made.up"] = shards[0].name
+        (bad / "model.safetensors.index.json").write_text(json.dumps(index))
+        return "has no tensor 'made.up'"
+    if what == "truncated":
+        shards[0].write_bytes(shards[0].read_bytes()[:-10])
+        return "truncated"
+    if what == "pickle":
+        for file in bad.glob("*.safetensors*"):
+            file.unlink()
+        (bad / "pytorch_model.bin").write_bytes(b"\x80\x02")
+        return "is a pickle"
+    if what == "NaN":
+        tensors = load_file(shards[0])
+        name = sorted(tensors)[0]
+        tensors[name].view(-1)[3] = float("nan")
+        save_file(tensors, shards[0], {"format": "pt"})
+        return f"'{name}' of bad holds 1 NaN"
+    import shutil
+
+    shutil.rmtree(bad)
+    changes = {"other shapes": {"hidden_size": 36}, "other architecture": {}}[what]
+    tiny_teacher(
+        "llama" if changes else "gpt2", **({"tie_word_embeddings": False} if changes else {}), **changes
+    ).save_pretrained(bad)
+    tokenizer(["<unk>"], bad)
+    return "differ in the shapes of" if changes else "have another architecture"
+
+
+@pytest.mark.parametrize(
+    "what", ["shard missing", "index lying", "truncated", "pickle", "NaN", "other shapes", "other architecture"]
+)
+def test_a_bad_model_is_one_line_and_leaves_nothing(here, capsys, what):
+    said = spoil(here, what)
+    assert run(["merge", "a", "bad", "-o", "c"]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told
+    assert not list(here.glob("c*"))
+
+
+def test_an_output_that_exists_is_not_touched(here, capsys):
+    (here / "c").mkdir()
+    assert run(["merge", "a", "b", "-o", "c"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert not list((here / "c").iterdir())
+
+
+def test_no_space_is_said_before_and_keeps_what_is_there_after(here, capsys, monkeypatch):
+    from lineament.io import files
+
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
+    assert run(["merge", "a", "b", "-o", "c"]) == 2
+    assert "of disk" in capsys.readouterr().err
+    assert not list(here.glob("c*"))
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    calls = iter([10**12, 10**12, 10**12])
+    monkeypatch.setattr(files, "free_bytes", lambda path: next(calls, 1000))
+    assert run(["merge", "a", "b", "-o", "c", "--shard-size", "30kB"]) == 2
+    assert "c.partial" in capsys.readouterr().err
+    assert list((here / "c.partial").glob("*.safetensors"))
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert run(["merge", "a", "b", "-o", "c", "--shard-size", "30kB"]) == 0
+    assert not (here / "c.partial").exists()
+
+
+KILLED = """
+import sys, time
+import lineament
+from lineament import io
+from lineament.io import save
+inner = save.save_tensors
+def slow(part, path, *rest, **more):
+    found = inner(part, path, *rest, **more)
+    print(path, flush=True)
+    time.sleep(0.3)
+    return found
+save.save_tensors = slow
+from lineament.cli import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_a_kill_is_survived_and_the_end_is_the_same_to_the_bit(here):
+    command = ["merge", "a", "b", "--base", "base", "--method", "dare_ties", "--weight", "0.5", "--density", "0.5"]
+    command += ["--shard-size", "20kB"]
+    assert run([*command, "-o", "whole"]) == 0
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, *command, "-o", "c"],
+        stdout=subprocess.PIPE,
+        env=dict(os.environ) | {"PYTHONPATH": str(Path(lineament.__file__).parents[1])},
+    ) as job:
+        assert job.stdout is not None
+        for _ in range(3):
+            job.stdout.readline()
+        job.send_signal(signal.SIGKILL)
+    assert not (here / "c").exists()
+    done = {file: file.stat().st_mtime_ns for file in (here / "c.partial").glob("*.safetensors")}
+    assert 3 <= len(done) < len(list((here / "whole").glob("*.safetensors")))
+    other = [*command[:-1], "30kB"]
+    assert run([*other, "-o", "c"]) == 2  # other work is not taken for the same
+    assert run([*command, "-o", "c"]) == 0
+    kept = {(here / "c" / file.name).stat().st_mtime_ns for file in done}
+    assert kept == set(done.values())  # the finished shards were not written again
+    for file in (here / "whole").iterdir():
+        if file.name != "README.md":  # its title is the folder's name
+            assert io.digest(here / "c" / file.name) == io.digest(file), file.name
+
+
+def test_a_plan_round_trips_through_yaml(here):
+    from lineament.weights.recipe import read_recipe
+
+    recipe = read_recipe(yaml.safe_load(MERGE))
+    assert recipe.models == ["a", "b"]
+    assert read_recipe(plan(here, MERGE)) == recipe
