@@ -1,6 +1,8 @@
 """Several implementations of one function, and the choice between them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -11,6 +13,25 @@ from torch import Tensor
 from lineament._base.errors import unknown
 
 Usable = Callable[..., str | None]
+_PLAIN: ContextVar[bool] = ContextVar("plain_autograd", default=False)
+
+
+@contextmanager
+def plain_autograd() -> Iterator[None]:
+    """Have "auto" take the backend made of ordinary differentiable operators while the block runs.
+
+    An explanation follows the autograd graph, where an own backward would be one opaque node.
+    """
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def wants_plain_autograd() -> bool:
+    """Say whether a `plain_autograd` block is running."""
+    return _PLAIN.get()
 
 
 def always(*tensors: Tensor | None) -> str | None:
@@ -30,6 +51,8 @@ class Backend:
 
     target: str
     usable: Usable = always
+    plain: bool = False
+    """Made of ordinary differentiable operators alone."""
 
     def load(self) -> Callable[..., Any]:
         return _resolve(self.target)
@@ -48,7 +71,7 @@ def choose(table: Mapping[str, Backend], name: str, *tensors: Tensor | None) -> 
     """
     if name == "auto":
         for backend in table.values():
-            if backend.usable(*tensors) is None:
+            if backend.usable(*tensors) is None and (backend.plain or not wants_plain_autograd()):
                 return backend.load()
         raise RuntimeError(f"no backend can run here: {why(table, *tensors)}")
     if name not in table:

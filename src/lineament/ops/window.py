@@ -38,7 +38,7 @@ __all__ = [
 
 BACKENDS = {  # best first
     "blocked": Backend("lineament.ops.window_backward:run"),
-    "reference": Backend("lineament.ops.window_reference:run"),
+    "reference": Backend("lineament.ops.window_reference:run", plain=True),
 }
 
 

@@ -32,7 +32,7 @@ BACKENDS_DECAYED = {  # best first; nothing is imported before it is taken
     "triton": Backend(f"{_ROOM}.triton_decayed:run", needs_triton),
     "fla": Backend(f"{_ROOM}.fla:run_decayed", needs_fla),
     "chunked": Backend(f"{_ROOM}.chunked:run_decayed"),
-    "chunked-autograd": Backend(f"{_ROOM}.autograd:run_decayed"),
+    "chunked-autograd": Backend(f"{_ROOM}.autograd:run_decayed", plain=True),
     "reference": Backend(f"{_ROOM}.reference:run_decayed"),
 }
 
@@ -40,6 +40,6 @@ BACKENDS_DELTA = {
     "triton": Backend(f"{_ROOM}.triton_delta:run", needs_triton),
     "fla": Backend(f"{_ROOM}.fla:run_delta", needs_fla),
     "chunked": Backend(f"{_ROOM}.chunked:run_delta"),
-    "chunked-autograd": Backend(f"{_ROOM}.autograd:run_delta"),
+    "chunked-autograd": Backend(f"{_ROOM}.autograd:run_delta", plain=True),
     "reference": Backend(f"{_ROOM}.reference:run_delta"),
 }

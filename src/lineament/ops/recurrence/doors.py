@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lineament._base.backends import Backend, choose
+from lineament._base.backends import Backend, choose, wants_plain_autograd
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
 from lineament.ops.parallel.part import active
@@ -149,6 +149,8 @@ def _run(
         return v.new_zeros(q.shape[0], 0, max(q.shape[2], Hs), v.shape[3]), state.clone()
     beta = None if beta is None else beta.to(wide)
     gate = None if log_decay is None else floored(log_decay, wide)
+    if backend == "auto" and not torch.compiler.is_compiling() and wants_plain_autograd():
+        backend = "chunked-autograd"
     if backend == "auto" and (q.device.type == "cpu" or torch.compiler.is_compiling()):
         backend = "chunked"  # the only row that is both fast and possible there
     if backend in TORCH_ONLY:

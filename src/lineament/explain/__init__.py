@@ -1,0 +1,2 @@
+"""Explain."""
+from lineament.explain.relevance import Relevance, relevance

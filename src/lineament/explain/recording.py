@@ -1,0 +1,258 @@
+"""One forward pass, recorded: which operator made which node of the autograd graph, with what constants, and where.
+
+Autograd numbers its nodes in the order they are made. Beneath autograd a dispatch mode sees every operator, also those
+that C++ calls, right after its node got a number; so a node and the call behind it are matched by that number. Tensors
+that autograd tracks are not kept, only their places; constants (masks, buffers, scalars) are, and a value that nobody
+saved can be computed again (`tape.Values`).
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lineament._base.backends import plain_autograd
+from lineament._base.errors import InputError
+from lineament.graph import Where, select
+
+_AS_RESHAPE = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias")  # strides may differ when computed again
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tracked tensor among a call's arguments."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator with its arguments; tracked tensors are `Slot`s, in the order of the node's edges."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, tracked: Sequence[Any]) -> tuple[Any, ...]:
+        """Compute the operator's outputs, without side effects, on given values of the tracked tensors."""
+        args, kwargs = pytree.tree_map_only(Slot, lambda slot: tracked[slot.index], (self.args, self.kwargs))
+        with torch.no_grad():
+            found = _functional(self.func)(*args, **kwargs)
+        return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """Return an argument by the name in the operator's schema."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        schema = self.func._schema.arguments
+        for position, argument in enumerate(schema):
+            if argument.name == name:
+                return self.args[position] if position < len(self.args) else argument.default_value
+        return default
+
+    def constant(self) -> bool:
+        """Say whether a tensor that autograd doesn't track is among the arguments."""
+        return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((self.args, self.kwargs)))
+
+
+@dataclass
+class Recording:
+    """What one forward pass left behind."""
+
+    output: Any = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    """Floating-point inputs as the leaves they were made, token numbers as given."""
+    calls: dict[tuple[int, str], Call] = field(default_factory=dict)
+    spans: list[tuple[int, int, str]] = field(default_factory=list)
+    """(first node, end, module) by node numbers; an inner module's span lies inside the outer's."""
+    taps: dict[str, list[tuple[Any, int]]] = field(default_factory=dict)
+    """Name of a tap -> (node, output) of each call."""
+
+    def owner(self) -> Callable[[int], str]:
+        """Return a function from a node's number to the innermost module whose forward made it."""
+        end = max((stop for _, stop, _ in self.spans), default=0)
+        names = [""] * end
+        for start, stop, name in sorted(self.spans, key=lambda span: span[0] - span[1]):
+            names[start:stop] = [name] * (stop - start)
+        return lambda number: names[number] if number < end else ""
+
+
+def plain_name(name: str) -> str:
+    """Reduce a node's or an operator's name to what both share: `ReluBackward0` and `aten::relu_` to `relu`."""
+    name = name.rsplit("::", 1)[-1].rsplit("Backward", 1)[0]
+    return name.replace("_", "").lower()
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps every operator that makes an autograd node."""
+
+    def __init__(self, calls: dict[tuple[int, str], Call]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled():
+            self._note(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _note(self, func: Any, args: tuple, kwargs: dict) -> None:
+        slots: list[Slot] = []
+        mutable = func._schema.is_mutable
+
+        def keep(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            if x.requires_grad:
+                slots.append(Slot(len(slots)))
+                return slots[-1]
+            return x.clone() if mutable else x
+
+        kept = pytree.tree_map(keep, (args, kwargs))
+        if slots:
+            key = (_number() - 1, plain_name(func._schema.name))
+            self.calls.setdefault(key, Call(func, *kept))
+
+
+def _number() -> int:
+    return torch._C._autograd._get_sequence_nr()
+
+
+def _functional(func: Any) -> Any:
+    """Return the operator without writing into its arguments or asking for strides."""
+    name = func._schema.name
+    if name in _AS_RESHAPE and func._overloadname in ("", "default"):
+        return torch.ops.aten.reshape.default
+    if not func._schema.is_mutable or not name.endswith("_"):
+        return func
+    packet = getattr(torch.ops.aten, name.rsplit("::", 1)[-1][:-1])
+    return getattr(packet, func._overloadname, packet)
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Have every parameter tracked and own operators in plain autograd while the block runs; nothing stays changed.
+
+    Raises:
+        InputError: the model would drop out or normalise by the batch.
+    """
+    _check_mode(model)
+    flags = {p: p.requires_grad for p in model.parameters()}
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(plain_autograd())
+        if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # the fused layer is one opaque node
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        try:
+            for p in flags:
+                if p.is_floating_point():
+                    p.requires_grad_(True)
+            yield
+        finally:
+            for p, flag in flags.items():
+                p.requires_grad_(flag)
+
+
+def _check_mode(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise InputError(f"{name!r} drops out in training mode, so no two passes agree; call model.eval() first")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            raise InputError(f"{name!r} normalises by the batch in training mode; call model.eval() first")
+
+
+def record(
+    model: nn.Module, inputs: Mapping[str, Any], at: Sequence[Where] = (), *, embedded: bool = False
+) -> Recording:
+    """Run the model on its inputs inside `prepared` and keep what explaining needs.
+
+    Args:
+        model: any module. Hooks are gone afterwards.
+        inputs: keyword arguments; the name "" is the one positional argument.
+        at: modules whose output shall be tapped; the glob `"*.o_proj:input"` taps what they receive.
+        embedded: don't make leaves of floating-point inputs.
+    """
+    found = Recording(inputs=dict(inputs) if embedded else _leaves(inputs))
+    given = dict(found.inputs)
+    positional = (given.pop(""),) if "" in given else ()
+    if "use_cache" not in given and accepts(model, "use_cache"):
+        given["use_cache"] = False
+    with ExitStack() as hooks:
+        try:
+            _watch(model, found, at, hooks)
+            with _Recorder(found.calls):
+                found.output = model(*positional, **given)
+        except RuntimeError as error:
+            if "inference tensor" in str(error).lower():
+                raise InputError("the model's weights were made in inference mode; load them outside of it") from error
+            raise
+    return found
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Say whether a model's forward names this argument."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def _leaves(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Make leaves of the inputs that relevance can flow to; masks and numbers stay as they are."""
+    return {
+        name: x.detach().clone().requires_grad_()
+        if isinstance(x, Tensor) and x.is_floating_point() and "mask" not in name
+        else x
+        for name, x in inputs.items()
+    }
+
+
+def _watch(model: nn.Module, found: Recording, at: Sequence[Where], hooks: ExitStack) -> None:
+    """Hook every module for its span of node numbers, and the tapped ones for their tensors."""
+    outs, ins = tapped(model, at)
+    starts: list[int] = []
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            starts.append(_number())
+            if name in ins:
+                _tap(found, f"{name}:input", (args, kwargs))
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            found.spans.append((starts.pop(), _number(), name))
+            if name in outs:
+                _tap(found, name, output)
+
+        return hook
+
+    for name, module in model.named_modules():
+        hooks.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+        hooks.callback(module.register_forward_hook(after(name), with_kwargs=True).remove)
+
+
+def tapped(model: nn.Module, at: Sequence[Where]) -> tuple[set[str], set[str]]:
+    """Return the names of the modules whose outputs, and of those whose inputs, are tapped."""
+    outs: set[str] = set()
+    ins: set[str] = set()
+    first = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    for where in at:
+        wanted, side = (where[:-6], ins) if isinstance(where, str) and where.endswith(":input") else (where, outs)
+        side.update(first[id(module)] for module in select(model, wanted).values())
+    return outs, ins
+
+
+def _tap(found: Recording, name: str, tree: Any) -> None:
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            edge = get_gradient_edge(leaf)
+            found.taps.setdefault(name, []).append((edge.node, edge.output_nr))
+            return
