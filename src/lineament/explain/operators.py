@@ -96,6 +96,15 @@ def _absolute_sum(s: "Step") -> None:
         s.send(0, rel=s.vjp(divide(R, call.run([R.new_ones(s.shape(0))])[0], s.ledger))[0])
 
 
+def cast(s: "Step") -> None:
+    """Another dtype: all of R; what rounding takes of a wider value counts with the stabiliser's share."""
+    coef = s.messages[0].coef
+    types = [s.tape.nodes[i]._input_metadata[k].dtype for i, k in (s.edges[0], (s.index, 0))]
+    if s.counting and coef is not None and types[0].is_floating_point and types[0].itemsize > types[1].itemsize:
+        s.absorb("epsilon", times(s.result() - s.value(0), coef))
+    arranging(s)
+
+
 def negation(s: "Step") -> None:
     """Take -x: all of R."""
     message = s.messages[0]
@@ -244,7 +253,7 @@ def tangent(s: "Step") -> None:
         slope = SLOPES.get(s.name)
         if slope is not None:
             x, y = s.value(0), s.result()
-            s.absorb("remainder", (y - x * slope(x, y)) * c)
+            s.absorb("remainder", torch.where(x.isfinite(), (y - x * slope(x, y)) * c, 0.0))
         else:
             s.absorb("remainder", s.result() * c)
             for position in s.tracked():
@@ -429,7 +438,7 @@ OPERATORS: dict[str, Callable[["Step"], None]] = {
     **_named(
         arranging,
         "View UnsafeView Reshape ReshapeAlias Transpose T Permute Expand Repeat Slice Select Index IndexSelect Gather "
-        "Cat Stack Split SplitWithSizes Unbind Squeeze Unsqueeze Alias Clone ToCopy ConstantPadNd Roll Flip MaskedFill "
+        "Cat Stack Split UnsafeSplit UnsafeSplitWithSizes SplitWithSizes Unbind Squeeze Unsqueeze Alias Clone ConstantPadNd Roll Flip MaskedFill "
         "Where AsStrided MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D Max Min Amax Amin Topk Sort "
         "Diagonal Tril Triu Unfold Im2Col UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D MaskedSelect "
         "MaskedScatter SelectScatter SliceScatter Maximum Minimum Copy ReflectionPad1D ReflectionPad2D "
@@ -461,6 +470,7 @@ OPERATORS: dict[str, Callable[["Step"], None]] = {
     ),
     **_named(attention.softmax, "Softmax SafeSoftmax"),
     "LinalgSolveTriangular": attention.solve,
+    "ToCopy": cast,
     "Neg": negation,
     "Pow": power,
     "Prelu": prelu,

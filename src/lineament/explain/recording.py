@@ -117,8 +117,9 @@ class _Recorder(TorchDispatchMode):
 
         kept = pytree.tree_map(keep, (args, kwargs))
         if slots:
-            key = (_number() - 1, plain_name(func._schema.name))
-            self.calls.setdefault(key, Call(func, *kept))
+            # before an operator in place, autograd may copy what it overwrites, which takes numbers too
+            for back in (1, 2, 3) if mutable else (1,):
+                self.calls.setdefault((_number() - back, plain_name(func._schema.name)), Call(func, *kept))
 
 
 def _number() -> int:
