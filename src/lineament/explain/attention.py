@@ -50,14 +50,6 @@ def bilinear(s: "Step", first: int, second: int) -> None:
         s.absorb("remainder", -(s.value(first) * to[first]))
 
 
-def solve(s: "Step") -> None:
-    """A^-1 B: all of R to B, the erasing matrix A a constant as a norm's scale is."""
-    c, A = s.coef(), s.value(0)
-    upper, left, unit = (s.argument(name) for name in ("upper", "left", "unitriangular"))
-    left = True if left is None else left
-    s.send(1, coef=torch.linalg.solve_triangular(A.mT, c, upper=not upper, left=left, unitriangular=bool(unit)))
-
-
 def fused(s: "Step") -> None:
     """softmax(q k^T scale + mask) v in one node; the pattern is computed again, some rows at a time."""
     c, (q, k, v) = s.coef(), (s.value(i) for i in range(3))

@@ -1,2 +1,291 @@
-"""placeholder"""
-def method_of(rules): return None
+"""Attribution that is no rule set: along a path, over noise, by leaving out, by attention alone.
+
+Sources: integrated gradients (Sundararajan et al. 2017) with layer conductance (Dhamdhere et al. 2019), SmoothGrad
+(Smilkov et al. 2017), occlusion (Zeiler and Fergus 2014), attention rollout (Abnar and Zuidema 2020).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineament._base.errors import InputError
+from lineament._base.seeds import generator
+from lineament.explain.ledger import Ledger
+from lineament.explain.recording import accepts, prepared
+from lineament.explain.relevance import Explainer, Relevance
+from lineament.explain.targets import Target, selected
+from lineament.graph import Where, capture, patch
+
+
+@dataclass(frozen=True)
+class Points:
+    """A model as a function of its continuous inputs: floating-point ones, and embeddings of token numbers."""
+
+    model: nn.Module
+    given: Mapping[str, Any]
+    values: dict[str, Tensor]
+    """Input name -> where the model stands: the input, or the embedding [B, T, D]."""
+    tokens: frozenset[str]
+    places: Any
+    words: str
+
+    def score(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the explained outputs [B] elsewhere."""
+        inputs, embedded = dict(self.given), None
+        for name, x in values.items():
+            if name in self.tokens:
+                embedded = x
+            else:
+                inputs[name] = x
+        changes: AbstractContextManager[Any] = nullcontext()
+        if embedded is not None:
+            layer = self.model.get_input_embeddings()
+            changes = patch(self.model, {lambda name, module: module is layer: lambda m, a, k, o: embedded})
+        with changes:
+            return _scores(self.model, inputs, self.places)
+
+
+def _scores(model: nn.Module, inputs: Mapping[str, Any], places: Any) -> Tensor:
+    given = dict(inputs)
+    positional = (given.pop(""),) if "" in given else ()
+    if "use_cache" not in given and accepts(model, "use_cache"):
+        given["use_cache"] = False
+    output = model(*positional, **given)
+    if callable(places):
+        return places(output)
+    from lineament.explain.targets import scores_of
+
+    return scores_of(output)[places]
+
+
+def points(model: nn.Module, given: Mapping[str, Any], target: Target) -> Points:
+    """Fix the target at the given inputs and find what can move."""
+    floats = {k: x for k, x in given.items() if isinstance(x, Tensor) and x.is_floating_point() and "mask" not in k}
+    values, tokens = {k: x.detach() for k, x in floats.items()}, frozenset[str]()
+    with torch.no_grad():
+        if not floats:
+            name = next((k for k in ("input_ids", "input") if isinstance(given.get(k), Tensor)), None)
+            if name is None or not hasattr(model, "get_input_embeddings"):
+                raise InputError("no floating-point input and no embedding of token numbers to move along")
+            values, tokens = {name: model.get_input_embeddings()(given[name]).detach()}, frozenset([name])
+        inputs = dict(given)
+        positional = (inputs.pop(""),) if "" in inputs else ()
+        output = model(*positional, **inputs)
+        _, places, words = selected(output, target, given)
+    return Points(model, given, values, tokens, target if callable(target) else places, words)
+
+
+def _relevance(at: Points, found: Mapping[str, Tensor], value: Tensor, name: str, layers: Any = None) -> Relevance:
+    ledger = Ledger(root=float(value.sum(dtype=torch.float64)))
+    for x in found.values():
+        ledger.absorb("inputs", x)
+    ledger.inputs_absolute = float(sum(x.abs().sum() for x in found.values()))
+    ledger.close()
+    sums = {k: x.sum(-1) if k in at.tokens else x for k, x in found.items()}
+    features = {k: x for k, x in found.items() if k in at.tokens}
+    return Relevance(sums, layers or {}, ledger, value.detach(), name, at.words, features)
+
+
+def _gradients(at: Points, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    leaves = {name: x.detach().requires_grad_() for name, x in values.items()}
+    found = torch.autograd.grad(at.score(leaves).sum(), list(leaves.values()))
+    return dict(zip(leaves, found, strict=True))
+
+
+def _baseline(given: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(given, Mapping):
+        return {name: torch.as_tensor(given[name]).to(x).expand_as(x) for name, x in values.items()}
+    return {name: torch.as_tensor(0.0 if given is None else given).to(x).expand_as(x) for name, x in values.items()}
+
+
+@dataclass(frozen=True)
+class IntegratedGradients:
+    """(x - baseline) times the mean gradient on the line between them, by the midpoint rule.
+
+    Relevances add up to f(x) - f(baseline), as `steps` grow; f(baseline) stands in the column "constants". For modules
+    asked for by `at` it gives their conductance.
+    """
+
+    steps: int = 20
+
+    def __call__(
+        self, model: nn.Module, given: dict[str, Any], target: Target, places: Sequence[Where], baseline: Any
+    ) -> Relevance:
+        """Explain."""
+        with prepared(model):
+            at = points(model, given, target)
+            start = _baseline(baseline, at.values)
+            total = {name: torch.zeros_like(x) for name, x in at.values.items()}
+            for step in range(self.steps):
+                for name, g in _gradients(at, self._between(at, start, (step + 0.5) / self.steps)).items():
+                    total[name] += g / self.steps
+            with torch.no_grad():
+                value, nothing = at.score(at.values), at.score(start)
+            found = {name: (x - start[name]) * total[name] for name, x in at.values.items()}
+            layers = self._conductance(at, start, places) if places else {}
+        result = _relevance(at, found, value, "integrated-gradients", layers)
+        result.ledger.columns["constants"] = float(nothing.sum(dtype=torch.float64))
+        return result
+
+    def _between(self, at: Points, start: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        return {name: start[name] + share * (x - start[name]) for name, x in at.values.items()}
+
+    def _conductance(self, at: Points, start: Mapping[str, Tensor], places: Sequence[Where]) -> dict[str, Tensor]:
+        """Sum, over the path, the gradient of a layer times the layer's own change."""
+        from lineament.graph import select
+
+        names = [name for where in places for name in select(at.model, where)]
+
+        def wanted(name: str, module: nn.Module) -> bool:
+            return name in names
+
+        def layer_at(share: float, detach: bool) -> tuple[dict[str, Tensor], Tensor]:
+            values = {k: x.detach().requires_grad_() for k, x in self._between(at, start, share).items()}
+            with capture(at.model, wanted, detach=detach) as seen:
+                score = at.score(values)
+            return {name: seen.tensor(name) for name in names}, score
+
+        found: dict[str, Tensor] = {}
+        before = layer_at(0.0, True)[0]
+        for step in range(self.steps):
+            after = layer_at((step + 1) / self.steps, True)[0]
+            middle, score = layer_at((step + 0.5) / self.steps, False)
+            gradients = torch.autograd.grad(score.sum(), [middle[name] for name in names])
+            for name, g in zip(names, gradients, strict=True):
+                part = g * (after[name] - before[name])
+                found[name] = part if name not in found else found[name] + part
+            before = after
+        return found
+
+
+@dataclass(frozen=True)
+class SmoothGrad:
+    """The mean gradient at noisy copies of the input, times the input.
+
+    Args:
+        samples: noisy copies.
+        noise: their standard deviation, as a share of the input's range.
+        seed: of the noise.
+    """
+
+    samples: int = 16
+    noise: float = 0.15
+    seed: int = 0
+
+    def __call__(
+        self, model: nn.Module, given: dict[str, Any], target: Target, places: Sequence[Where], baseline: Any
+    ) -> Relevance:
+        """Explain."""
+        _nothing_else("smoothgrad", places, baseline)
+        with prepared(model):
+            at = points(model, given, target)
+            total = {name: torch.zeros_like(x) for name, x in at.values.items()}
+            for sample in range(self.samples):
+                for name, g in _gradients(at, self._noisy(at, sample)).items():
+                    total[name] += g / self.samples
+            with torch.no_grad():
+                value = at.score(at.values)
+        result = _relevance(at, {name: x * total[name] for name, x in at.values.items()}, value, "smoothgrad")
+        result.ledger.open.append("smoothgrad: averages of gradients add up to nothing in particular")
+        return result
+
+    def _noisy(self, at: Points, sample: int) -> dict[str, Tensor]:
+        random = generator(self.seed * 100_003 + sample)
+        noise = {k: torch.randn(x.shape, generator=random).to(x) for k, x in at.values.items()}
+        return {k: x + self.noise * (x.max() - x.min()) * noise[k] for k, x in at.values.items()}
+
+
+@dataclass(frozen=True)
+class Occlusion:
+    """How much the output falls when a part is replaced by the baseline: a token, or a square patch of an image."""
+
+    patch: int = 4
+
+    def __call__(
+        self, model: nn.Module, given: dict[str, Any], target: Target, places: Sequence[Where], baseline: Any
+    ) -> Relevance:
+        """Explain."""
+        _nothing_else("occlusion", places, None)
+        with prepared(model), torch.no_grad():
+            at = points(model, given, target)
+            start, value = _baseline(baseline, at.values), at.score(at.values)
+            found = {name: torch.zeros_like(x) for name, x in at.values.items()}
+            for name, x in at.values.items():
+                for part in self._parts(x, name in at.tokens):
+                    hidden = x.clone()
+                    hidden[part] = start[name][part]
+                    drop = value - at.score({**at.values, name: hidden})
+                    size = x[part][0].numel()
+                    found[name][part] = (drop / size).reshape(-1, *[1] * (x.dim() - 1)).to(x).expand_as(x[part])
+        result = _relevance(at, found, value, "occlusion")
+        result.ledger.open.append("occlusion: drops add up to the output only for additive models")
+        return result
+
+    def _parts(self, x: Tensor, token: bool) -> list[tuple[Any, ...]]:
+        if x.dim() == 4:
+            height, width = x.shape[-2:]
+            steps = [range(0, size, self.patch) for size in (height, width)]
+            return [(..., slice(i, i + self.patch), slice(j, j + self.patch)) for i in steps[0] for j in steps[1]]
+        if x.dim() < 2:
+            raise InputError(f"occlusion needs inputs [B, ...]; given {list(x.shape)}")
+        return [(slice(None), slice(i, i + 1)) for i in range(x.shape[1])]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Attention rollout: the product over layers of (mean attention + identity) / 2, the row of the explained token."""
+
+    def __call__(
+        self, model: nn.Module, given: dict[str, Any], target: Target, places: Sequence[Where], baseline: Any
+    ) -> Relevance:
+        """Explain."""
+        _nothing_else("rollout", places, baseline)
+        if not hasattr(model, "set_attn_implementation"):
+            raise InputError("attention rollout needs a transformers model that can return its attention")
+        before = model.config._attn_implementation
+        with prepared(model), torch.no_grad():
+            at = points(model, given, target)
+            try:
+                model.set_attn_implementation("eager")
+                output = model(**{**given, "output_attentions": True})
+            finally:
+                model.set_attn_implementation(before)
+        patterns = getattr(output, "attentions", None)
+        if not patterns or patterns[0] is None:
+            raise InputError(f"{type(model).__name__} returns no attention patterns")
+        rolled = torch.eye(patterns[0].shape[-1]).to(patterns[0]).expand(len(patterns[0]), -1, -1)
+        for pattern in patterns:
+            rolled = (pattern.mean(1) + torch.eye(pattern.shape[-1]).to(pattern)) / 2 @ rolled
+        row = at.places[1] if isinstance(at.places, tuple) and len(at.places) == 3 else 0
+        name = next(iter(at.values))
+        weights = rolled[torch.arange(len(rolled)), row]
+        result = Relevance({name: weights}, {}, Ledger(root=1.0), at.score(at.values).detach(), "rollout", at.words)
+        result.ledger.open.append("rollout: attention weights, in no unit of the output")
+        return result
+
+
+def _nothing_else(name: str, places: Sequence[Where], baseline: Any) -> None:
+    if places:
+        raise InputError(f"{name} explains inputs only; drop `at`")
+    if baseline is not None:
+        raise InputError(f"{name} compares with no baseline; drop it")
+
+
+METHODS: dict[str, Callable[..., Explainer]] = {
+    "integrated-gradients": IntegratedGradients,
+    "smoothgrad": SmoothGrad,
+    "occlusion": Occlusion,
+    "rollout": Rollout,
+}
+"""Methods by name; each is a class of its parameters."""
+
+
+def method_of(rules: Any) -> Explainer | None:
+    """Return the method that a name or value means, None for a rule set."""
+    if isinstance(rules, str):
+        return METHODS[rules]() if rules in METHODS else None
+    return rules if isinstance(rules, tuple(METHODS.values())) else None  # type: ignore[arg-type]

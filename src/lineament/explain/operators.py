@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lineament.explain import attention, norms
-from lineament.explain.linear import Epsilon, Linear, divide, times, wide
-from lineament.explain.structure import is_activation, is_scale, island
+from lineament.explain import attention, norms, products
+from lineament.explain.linear import Epsilon, Linear, divide, times
+from lineament.explain.products import NEAR_ZERO
 from lineament.explain.tape import Tape
 
 if TYPE_CHECKING:
     from lineament.explain.sweep import Step
 
-NEAR_ZERO = 1e-6
 _BY_SIZE = {"Add", "Sub", "Sum", "Mean", "Cumsum", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D"}
 _FILLS = {"Rsub", "MaskedFill", "ConstantPadNd"}
 _OFFSETS = {
     "Add", "Sub", "Cat", "Stack", "Where", "MaskedScatter", "IndexPut", "Scatter", "ScatterAdd", "IndexAdd",
-    "SelectScatter", "SliceScatter", "Copy", "Addcmul", "Maximum", "Minimum", *_FILLS,
+    "SelectScatter", "SliceScatter", "Maximum", "Minimum", *_FILLS,
 }  # fmt: skip
 
 
@@ -111,107 +110,6 @@ def negation(s: "Step") -> None:
     s.send(0, rel=message.rel, coef=None if message.coef is None else -message.coef)
 
 
-def product(s: "Step") -> None:
-    """a * b: a constant takes nothing; an island is a unary function; the scale of a norm is frozen; else a gate."""
-    live = s.live()
-    if len(live) == 1 or s.name == "Div" and not isinstance(s.operand(1), Tensor):
-        _scaled(s, live[0])
-        return
-    leaf = None if s.rules.activation == "gradient" else island(s.tape, s.index)
-    if leaf is not None:
-        _island(s, leaf)
-        return
-    scale = [i for i in live if is_scale(s.tape, s.edges[i][0])] if s.rules.norm != "gradient" else []
-    if len(scale) == 1:
-        _scaled(s, 1 - scale[0])
-        return
-    _gate(s)
-
-
-def _scaled(s: "Step", position: int) -> None:
-    """One factor carries all: R passes whole, coefficients times the other factor."""
-    message = s.messages[0]
-    if s.name == "Div" and position == 1:  # constant / x
-        tangent(s)
-        return
-    coef = None
-    if message.coef is not None:
-        other = s.operand(1 - position)
-        coef = message.coef * other if s.name == "Mul" else message.coef / other
-    s.send(position, rel=message.rel, coef=coef)
-
-
-def _gate(s: "Step") -> None:
-    kind = s.rules.gate
-    if kind == "absolute":
-        a, b = s.value(0).abs(), s.value(1).abs()
-        b = 1 / b if s.name == "Div" else b
-        t = divide(s.rel(), a + b, s.ledger)
-        s.send(0, rel=a * t)
-        s.send(1, rel=b * t)
-        return
-    c = s.coef()
-    if kind == "linear":
-        gates = [i for i in (0, 1) if is_activation(s.tape, s.edges[i][0])]
-        if len(gates) == 1:
-            other = s.value(gates[0])
-            s.send(1 - gates[0], coef=c * other if s.name == "Mul" else c / other)
-            return
-    a, b = s.value(0), s.value(1)
-    first, second = (c * b, c * a) if s.name == "Mul" else (c / b, c * a / b**2)
-    if kind != "gradient":
-        s.send(0, coef=first / 2)
-        s.send(1, coef=second / 2)
-        return
-    sign = 1 if s.name == "Mul" else -1
-    s.send(0, coef=first)
-    s.send(1, coef=sign * second)
-    s.absorb("remainder", -sign * s.result() * c)
-
-
-def _island(s: "Step", leaf: tuple[int, int]) -> None:
-    """A function of one tensor in several nodes: R passes whole, in one step."""
-    from lineament.explain.sweep import Message
-
-    inbox = s.sweep.inbox.setdefault(leaf[0], {}).setdefault(leaf[1], Message())
-    message, coef = s.messages[0], None
-    if message.coef is not None:
-        x, y = wide(s.sweep.values.get(*leaf, asker=s.index)), s.result()
-        small = x.abs() < NEAR_ZERO
-        ratio = y / torch.where(small, 1.0, x)
-        if bool(small.any()):
-            ratio = torch.where(small, _slope(s, leaf, x), ratio)
-        coef = message.coef * ratio
-    inbox.add(message.rel, coef)
-
-
-def _slope(s: "Step", leaf: tuple[int, int], x: Tensor) -> Tensor:
-    """phi'(0), as a secant around 0."""
-    step = 1e-3 if x.dtype == torch.float32 else 1e-5
-    up, down = (_along(s, leaf, torch.full_like(x, h)) for h in (step, -step))
-    return (up - down) / (2 * step)
-
-
-def _along(s: "Step", leaf: tuple[int, int], x: Tensor) -> Tensor:
-    """Compute the island for another x."""
-    found = {leaf: x}
-    stack = [(s.index, 0)]
-    while stack:
-        i, k = stack[-1]
-        edges = [edge for edge in s.tape.edges[i] if edge[0] >= 0]
-        missing = [edge for edge in edges if edge not in found and s.tape.live[edge[0]]]
-        if (i, k) in found or not missing:
-            stack.pop()
-            if (i, k) not in found:
-                call = s.tape.calls[i]
-                assert call is not None
-                tracked = [found[edge] if edge in found else s.sweep.values.get(*edge) for edge in edges]
-                found[i, k] = call.run(tracked)[0].to(x.dtype)
-        else:
-            stack.extend(missing)
-    return found[s.index, 0]
-
-
 def activation(s: "Step") -> None:
     """phi with phi(0) = 0: R passes whole, so rho becomes rho phi(x) / x (its slope near 0)."""
     message, coef = s.messages[0], None
@@ -267,15 +165,15 @@ def flat(s: "Step") -> None:
     s.absorb("stopped", s.rel())
 
 
-def glu(s: "Step") -> None:
-    """a sigmoid(b): half to a, half through the sigmoid's tangent."""
-    c, x = s.coef(), s.value(0)
-    dim = s.argument("dim", -1)
-    a, b = x.chunk(2, dim)
-    gate = b.sigmoid()
-    slope = gate * (1 - gate)
-    s.send(0, coef=torch.cat([c * gate / 2, c * a * slope / 2], dim))
-    s.absorb("remainder", (a * gate - a * b * slope) * c / 2)
+def solve(s: "Step") -> None:
+    """A^-1 B: all of R to B, the erasing matrix A a constant as a norm's scale is; or the gradient of both."""
+    if s.rules.gate == "gradient":
+        tangent(s)
+        return
+    names = ("upper", "left", "unitriangular")
+    upper, left, unit = (s.argument(name, default) for name, default in zip(names, (False, True, False), strict=True))
+    A, c = s.operand(0), s.coef()
+    s.send(1, coef=torch.linalg.solve_triangular(A.mT, c, upper=not upper, left=left, unitriangular=unit))
 
 
 def prelu(s: "Step") -> None:
@@ -303,24 +201,34 @@ def linear(s: "Step") -> None:
         s.send(position, coef=_transposed(s, position, c))
         _send_bias(s, c)
         return
-    found = _as_linear(s, position)
-    if 0 in s.live() and first == 1:
-        raise NotImplementedError(f"{s.tape.of(s.index)} adds a tracked tensor; only rules='epsilon' explains that")
-    s.send(position, rel=rule(found, s.rel(), s.ledger))
+    found, R = _as_linear(s, position), s.rel()
+    if first == 1 and 0 in s.live():  # a sum of two tracked terms: first the sum, then the product
+        c = s.coef()
+        s.send(0, coef=c * s.argument("beta", 1))
+        found.z, found.bias = found.apply(found.x, found.weight), None
+        R = times(found.z, c)
+    s.send(position, rel=rule(found, R, s.ledger))
+
+
+def _bias(s: "Step") -> Tensor | None:
+    """Return the bias of a linear map as it is added to the output."""
+    if s.name == "Convolution":
+        b = s.operand(2)
+        return None if b is None else b.view(-1, *[1] * (len(s.tape.shapes[s.index][0]) - 2))
+    return s.operand(0) * s.argument("beta", 1) if s.name in ("Addmm", "Baddbmm") else None
 
 
 def _send_bias(s: "Step", c: Tensor) -> None:
-    at = 2 if s.name == "Convolution" else 0
-    if s.name in ("Convolution", "Addmm", "Baddbmm") and at < len(s.edges) and s.edges[at][0] >= 0:
-        if s.name == "Convolution":
-            c = c.sum([0, *range(2, c.dim())])
-        s.send(at, coef=c * s.argument("beta", 1), bias=True)
+    if s.name in ("Addmm", "Baddbmm") and 0 in s.live():
+        s.send(0, coef=c * s.argument("beta", 1))
+    elif s.counting and (bias := _bias(s)) is not None:
+        s.absorb("biases", bias * c)
 
 
 def _weights(s: "Step", position: int) -> tuple[Tensor, Callable, Callable]:
     """Return the weight of a linear map, its product and its transpose."""
     first, second = _OPERANDS[s.name]
-    w = s.value(second if position == first else first)
+    w = s.operand(second if position == first else first)
     if s.name == "Convolution":
         return w, *_convolution(s)
     if s.name == "GroupedMm":
@@ -362,11 +270,7 @@ def _transposed(s: "Step", position: int, c: Tensor) -> Tensor:
 def _as_linear(s: "Step", position: int) -> Linear:
     """The map with its bias, and with what is added or normalised after it folded in."""
     w, apply, back = _weights(s, position)
-    bias, z = None, s.result()
-    if s.name in ("Addmm", "Baddbmm") and s.edges[0][0] >= 0:
-        bias = s.value(0) * s.argument("beta", 1)
-    elif s.name == "Convolution" and s.edges[2][0] >= 0:
-        bias = s.value(2).view(-1, *[1] * (z.dim() - 2))
+    bias, z = _bias(s), s.result()
     folded = s.sweep.folded.pop(s.index, None)
     if folded is not None:
         w, bias, z = _folded(s, *folded, w, bias, z)
@@ -398,18 +302,6 @@ def is_linear(tape: Tape, index: int) -> bool:
     return len(live) == 1
 
 
-def addcmul(s: "Step") -> None:
-    """x + value a b."""
-    c, value = s.coef(), s.argument("value", 1)
-    _constants(s)
-    s.send(0, coef=c)
-    live = [i for i in (1, 2) if i in s.live()]
-    for i in live:
-        s.send(i, coef=c * value * s.operand(3 - i) / len(live))
-    if len(live) < 2 and 0 in s.live() and not live:
-        s.absorb("parameters", s.operand(1) * s.operand(2) * value * c)
-
-
 _OPERANDS = {
     "Mm": (0, 1), "Bmm": (0, 1), "Addmm": (1, 2), "Baddbmm": (1, 2), "Convolution": (0, 1), "GroupedMm": (0, 1),
     "Mv": (0, 1),
@@ -437,20 +329,21 @@ def _named(rule: Callable, names: str) -> dict[str, Callable]:
 OPERATORS: dict[str, Callable[["Step"], None]] = {
     **_named(
         arranging,
-        "View UnsafeView Reshape ReshapeAlias Transpose T Permute Expand Repeat Slice Select Index IndexSelect Gather "
-        "Cat Stack Split UnsafeSplit UnsafeSplitWithSizes SplitWithSizes Unbind Squeeze Unsqueeze Alias Clone ConstantPadNd Roll Flip MaskedFill "
-        "Where AsStrided MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D Max Min Amax Amin Topk Sort "
-        "Diagonal Tril Triu Unfold Im2Col UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D MaskedSelect "
-        "MaskedScatter SelectScatter SliceScatter Maximum Minimum Copy ReflectionPad1D ReflectionPad2D "
-        "ReplicationPad1D ReplicationPad2D Cummax Median Kthvalue IndexPut Scatter Take NanToNum Movedim PixelShuffle "
-        "PixelUnshuffle Embedding Detach",
+        "View UnsafeView Reshape ReshapeAlias Transpose T Permute Expand Repeat Slice Select Index "
+        "IndexSelect Gather Cat Stack Split UnsafeSplit UnsafeSplitWithSizes SplitWithSizes Unbind Squeeze "
+        "Unsqueeze Alias Clone ConstantPadNd Roll Flip MaskedFill Where AsStrided MaxPool2DWithIndices "
+        "MaxPool3DWithIndices AdaptiveMaxPool2D Max Min Amax Amin Topk Sort Diagonal Tril Triu Unfold Im2Col "
+        "UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D MaskedSelect MaskedScatter SelectScatter "
+        "SliceScatter Maximum Minimum ReflectionPad1D ReflectionPad2D ReplicationPad1D ReplicationPad2D "
+        "Cummax Median Kthvalue IndexPut Scatter Take NanToNum Movedim PixelShuffle PixelUnshuffle Embedding "
+        "Detach",
     ),
     **_named(
         summing,
         "Add Sub Rsub Sum Mean Nansum AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D Cumsum Col2Im IndexAdd "
         "ScatterAdd UpsampleBilinear2D UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D UpsampleBilinear2DAa",
     ),
-    **_named(product, "Mul Div"),
+    **_named(products.product, "Mul Div"),
     **_named(
         activation,
         "Relu LeakyRelu Gelu Silu Tanh Erf Abs Sqrt Elu Mish Hardswish Hardtanh Softshrink Hardshrink Threshold Sin "
@@ -469,14 +362,13 @@ OPERATORS: dict[str, Callable[["Step"], None]] = {
         "ScaledDotProductCudnnAttention",
     ),
     **_named(attention.softmax, "Softmax SafeSoftmax"),
-    "LinalgSolveTriangular": attention.solve,
+    "LinalgSolveTriangular": solve,
     "ToCopy": cast,
     "Neg": negation,
     "Pow": power,
-    "Prelu": prelu,
     "PreluKernel": prelu,
-    "Glu": glu,
-    "Addcmul": addcmul,
+    "Glu": products.glu,
+    "Addcmul": products.addcmul,
     "NativeLayerNorm": norms.layer_norm,
     "NativeGroupNorm": norms.group_norm,
     "NativeBatchNorm": norms.batch_norm,

@@ -79,14 +79,16 @@ class Recording:
         """Return a function from a node's number to the innermost module whose forward made it."""
         end = max((stop for _, stop, _ in self.spans), default=0)
         names = [""] * end
-        for start, stop, name in sorted(self.spans, key=lambda span: span[0] - span[1]):
+        # the longest first; of two equal ones the outer, which ended last
+        for i in sorted(range(len(self.spans)), key=lambda i: (self.spans[i][0] - self.spans[i][1], -i)):
+            start, stop, name = self.spans[i]
             names[start:stop] = [name] * (stop - start)
         return lambda number: names[number] if number < end else ""
 
 
 def plain_name(name: str) -> str:
     """Reduce a node's or an operator's name to what both share: `ReluBackward0` and `aten::relu_` to `relu`."""
-    name = name.rsplit("::", 1)[-1].rsplit("Backward", 1)[0]
+    name = name.rsplit("::", 1)[-1].rsplit("Backward", 1)[0].removesuffix("_forward")
     return name.replace("_", "").lower()
 
 
@@ -195,6 +197,8 @@ def record(
         except RuntimeError as error:
             if "inference tensor" in str(error).lower():
                 raise InputError("the model's weights were made in inference mode; load them outside of it") from error
+            if "channels" in str(error):
+                raise InputError(f"the input doesn't fit the model: {str(error).splitlines()[0]}") from error
             raise
     return found
 

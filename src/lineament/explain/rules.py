@@ -1,7 +1,7 @@
 """Rule sets as values: how each kind of operator hands relevance on, by name or made by the user."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ CHOICES = {
     "sums": ("signed", "absolute"),
     "unknown": ("raise", "vjp"),
 }
+PLAIN = Epsilon()
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
@@ -49,7 +50,7 @@ class Rules:
     """
 
     name: str = "own"
-    linear: LinearRule = Epsilon()
+    linear: LinearRule = PLAIN
     activation: str = "identity"
     norm: str = "freeze"
     batchnorm: str = "fold"
@@ -135,9 +136,7 @@ def epsilon_alpha2_beta1_flat(epsilon: float | None = 1e-6) -> Rules:
     return _composite("epsilon-alpha2-beta1-flat", AlphaBeta(2, 1, epsilon), Epsilon(epsilon), Flat(epsilon))
 
 
-def epsilon_gamma_box(
-    low: Any = -3.0, high: Any = 3.0, *, epsilon: float | None = 1e-6, gamma: float = 0.25
-) -> Rules:
+def epsilon_gamma_box(low: Any = -3.0, high: Any = 3.0, *, epsilon: float | None = 1e-6, gamma: float = 0.25) -> Rules:
     """gamma on convolutions, epsilon on dense layers, zB on the first layer."""
     box = ZBox(low, high, epsilon)
     return _composite("epsilon-gamma-box", Gamma(gamma, epsilon), Epsilon(epsilon), box)
@@ -182,19 +181,6 @@ def rules_of(given: "str | Rules", model: nn.Module) -> Rules:
 
 def _attends(model: nn.Module) -> bool:
     return any("attention" in type(m).__name__.lower() or "mixer" in type(m).__name__.lower() for m in model.modules())
-
-
-def changed(rules: Rules, changes: Mapping[str, Any]) -> Rules:
-    """Return rules with some fields changed.
-
-    Raises:
-        InputError: no such field.
-    """
-    known = [each.name for each in fields(rules)]
-    for name in changes:
-        if name not in known:
-            raise unknown("field of Rules", name, known)
-    return replace(rules, **changes)
 
 
 def check_channels(rules: Rules, model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from lineament.explain.operators import OPERATORS, is_linear
 from lineament.explain.recording import Slot
 from lineament.explain.rules import Rules
 from lineament.explain.structure import absorbed_by
-from lineament.explain.tape import LEAF, Promises, Tape, Values
+from lineament.explain.tape import LEAF, Promises, Tape, Values, unreadable
 
 OperatorRule = Callable[["Step"], None]
 
@@ -224,6 +224,7 @@ class Step:
     def value(self, position: int) -> Tensor:
         """Return the input of an edge, in float32 or wider."""
         child, k = self.edges[position]
+        assert child >= 0, f"edge {position} of {self.tape.of(self.index)} is a constant; ask for the operand"
         return wide(self.sweep.values.get(child, k, asker=self.index))
 
     def result(self, k: int = 0) -> Tensor:
@@ -301,12 +302,13 @@ class Step:
     def vjp(self, *grads: Tensor | None) -> list[Tensor | None]:
         """Apply the node's own transposed derivative to one message per output; broadcasting is undone."""
         node = self.tape.nodes[self.index]
+        node = node if callable(node) else node.apply  # a Function written in Python
         try:
             found = node(*grads)
         except RuntimeError as error:
             half = self.half()
-            if half is None or "dtype" not in str(error).lower() and "scalar type" not in str(error).lower():
-                raise
+            if half is None or "type" not in str(error):
+                raise unreadable(error, self.tape.of(self.index)) from error
             found = node(*(None if g is None else g.to(half) for g in grads))
         found = found if isinstance(found, tuple) else (found,)
         pairs = zip(found, self.edges, strict=False)

@@ -23,9 +23,8 @@ _REFUSED = {
     "CopySlices": "a slice of a tensor was written in place; build the tensor with torch.cat or torch.where instead",
     "CompiledFunction": "the model is compiled, one opaque node; explain the model from before torch.compile",
     "CheckpointFunction": "reentrant checkpointing hides the graph; pass use_reentrant=False to torch.utils.checkpoint",
-    "MkldnnRnnLayer": "a fused recurrent layer is one opaque node; wrap the call in torch.backends.mkldnn.flags("
-    "enabled=False)",
-    "CudnnRnn": "a fused recurrent layer is one opaque node; wrap the call in torch.backends.cudnn.flags(enabled=False)",
+    "MkldnnRnnLayer": "a fused recurrent layer is one opaque node; use torch.backends.mkldnn.flags(enabled=False)",
+    "CudnnRnn": "a fused recurrent layer is one opaque node; use torch.backends.cudnn.flags(enabled=False)",
 }
 
 
@@ -216,7 +215,7 @@ class Values:
             return node.variable.detach()
         if k == 0:
             for name in _RESULTS:
-                if hasattr(node, name):
+                if hasattr(type(node), name):  # (reading it may raise)
                     return self._read(i, name)
         return None
 
@@ -225,7 +224,7 @@ class Values:
         name = self.tape.names[i]
         fields = SAVED_INPUTS.get(name) or (_ATTENTION if name.startswith("ScaledDotProduct") else ("self",))
         attribute = fields[position] if position < len(fields) else None
-        if attribute is None or not hasattr(self.tape.nodes[i], f"_saved_{attribute}"):
+        if attribute is None or not hasattr(type(self.tape.nodes[i]), f"_saved_{attribute}"):
             return None
         return self._read(i, f"_saved_{attribute}")
 
@@ -233,7 +232,7 @@ class Values:
         try:
             value = getattr(self.tape.nodes[i], attribute)
         except RuntimeError as error:
-            raise _unreadable(error, self.tape.of(i)) from error
+            raise unreadable(error, self.tape.of(i)) from error
         return value.detach() if isinstance(value, Tensor) else None
 
     def _compute(self, i: int) -> None:
@@ -248,7 +247,8 @@ class Values:
                 self.memo.setdefault((i, k), value)
 
 
-def _unreadable(error: RuntimeError, where: str) -> InputError:
+def unreadable(error: RuntimeError, where: str) -> InputError:
+    """Say in the user's terms why autograd can't give back what it saved."""
     text = str(error)
     if "modified by an inplace operation" in text:
         return InputError(f"a tensor that {where} needs was changed in place afterwards; change a copy instead")

@@ -62,7 +62,7 @@ def _ids(scores: Tensor, target: Any) -> Tensor:
     if target is None:
         return scores.argmax(-1)
     ids = torch.as_tensor(target, device=scores.device)
-    if ids.dim() > 1 or ids.is_floating_point() or ids.dim() == 1 and ids.shape[0] != rows:
+    if ids.dim() > 1 or ids.is_floating_point() or (ids.dim() == 1 and ids.shape[0] != rows):
         raise InputError(f"target has shape {list(ids.shape)}; expected a number or {rows} of them, one per row")
     if bool((ids >= classes).any()) or bool((ids < 0).any()):
         raise InputError(f"target {ids.max().item()} is out of range; the output has classes 0 to {classes - 1}")

@@ -1,4 +1,4 @@
-"""The batteries any new row joins: every backend of an operator, head mixer, merge. Needs no test runner.
+"""The batteries any new row joins: operators' backends, head mixers, merges, relevance rules. Needs no test runner.
 
 A broken law is an AssertionError that says which law, where, and by how much. With pytest, one test per law:
 
@@ -12,6 +12,7 @@ from lineament.testing.merge import MERGE_LAWS, check_merge
 from lineament.testing.mixer import MIXER_LAWS, check_mixer
 from lineament.testing.mixer_numbers import SLOW_LAWS
 from lineament.testing.op import INPUTS, OP_LAWS, OpCase, check_op
+from lineament.testing.rule import RULE_LAWS, check_rule
 from lineament.testing.trial import MixerCase
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MERGE_LAWS",
     "MIXER_LAWS",
     "OP_LAWS",
+    "RULE_LAWS",
     "SLOW_LAWS",
     "TOLERANCE",
     "MixerCase",
@@ -26,6 +28,7 @@ __all__ = [
     "check_merge",
     "check_mixer",
     "check_op",
+    "check_rule",
     "rms",
     "same",
 ]

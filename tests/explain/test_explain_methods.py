@@ -1,0 +1,67 @@
+"""Attribution along paths, over noise, by leaving out; and the measures of explanations."""
+
+import pytest
+import torch
+from tiny_families import image, make
+from torch import nn
+
+from lineament import explain
+
+
+def linear_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)).double(), image(8).double()
+
+
+def test_integrated_gradients_add_up_to_the_difference_of_two_outputs():
+    model, inputs, _ = make("vgg", torch.float64)
+    found = explain.relevance(model, inputs, target=1, rules=explain.IntegratedGradients(300), at="5", baseline=0.1)
+    nothing = model(torch.full_like(inputs["input"], 0.1))[:, 1].sum()
+    assert found.ledger.columns["constants"] == pytest.approx(nothing.item())
+    assert found.inputs["input"].sum().item() == pytest.approx((found.value.sum() - nothing).item(), rel=0.02)
+    assert found.at["5"].sum().item() == pytest.approx(found.inputs["input"].sum().item(), rel=0.02)  # conductance
+
+
+@pytest.mark.parametrize("name", ["integrated-gradients", "smoothgrad", "occlusion", "gradient-x-input", "epsilon"])
+def test_methods_agree_on_a_linear_model(name):
+    model, x = linear_model()
+    rules = explain.Occlusion(patch=1) if name == "occlusion" else name
+    found = explain.relevance(model, x, target=2, rules=rules).inputs["input"]
+    terms = x * model[1].weight[2].view(3, 8, 8)
+    if name == "occlusion":
+        terms = terms.sum(1, keepdim=True).expand_as(terms) / 3  # a place goes out in all colours at once
+    torch.testing.assert_close(found, terms.detach())
+
+
+def test_token_methods_take_embeddings_for_the_input():
+    model, inputs, _ = make("gpt2")
+    for name in ("integrated-gradients", "smoothgrad", "occlusion", "rollout"):
+        found = explain.relevance(model, inputs, rules=name)
+        assert found.inputs["input_ids"].shape == inputs["input_ids"].shape
+        assert found.rules == name
+    torch.testing.assert_close(found.inputs["input_ids"].sum(1), torch.ones(2))  # rollout's weights
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_a_method_cannot_do_is_said():
+    model, x = linear_model()
+    with pytest.raises(ValueError, match="needs a transformers model"):
+        explain.relevance(model, x, rules="rollout")
+    with pytest.raises(ValueError, match="explains inputs only"):
+        explain.relevance(model, x, rules="occlusion", at="1")
+
+
+def test_measures_tell_a_good_explanation_from_a_bad_one():
+    model, inputs, _ = make("vgg", torch.float64)
+    found = explain.relevance(model, inputs, rules="epsilon")
+    order = found.inputs["input"].sum(1)
+    most, least = explain.flipping(model, inputs, order)
+    assert most[0] == pytest.approx(found.value.mean().item())
+    assert explain.abpc(most, least) > 0
+    assert explain.abpc(most, least) == pytest.approx(-explain.abpc(*explain.flipping(model, inputs, -order)), abs=0.1)
+    assert 0 < explain.sensitivity(model, inputs, rules="epsilon") < 10
+    line, x = linear_model()
+    said = explain.relevance(line, x)
+    assert explain.infidelity(line, x, said) < 1e-12
+    said.inputs["input"].mul_(2)
+    assert explain.infidelity(line, x, said) > 1e-4
