@@ -8,7 +8,20 @@ import pytest
 
 from lineament.cli import run
 
-COMMANDS = ["convert", "plans", "inspect", "evaluate", "generate", "merge", "diff", "papers", "reproduce", "doctor"]
+COMMANDS = [
+    "convert",
+    "plans",
+    "inspect",
+    "evaluate",
+    "generate",
+    "merge",
+    "diff",
+    "papers",
+    "reproduce",
+    "doctor",
+    "explain",
+    "coverage",
+]
 
 
 def test_help_lists_every_command_and_loads_no_torch():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from lineament import __version__
-from lineament.cli import conversion, doctor, merging, papers, students
+from lineament.cli import conversion, doctor, explaining, merging, papers, students
 
 app = typer.Typer(
     name="lineament",
@@ -45,6 +45,8 @@ for command in (
     merging.diff,
     papers.papers,
     papers.reproduce,
+    explaining.explain,
+    explaining.coverage,
     doctor.doctor,
 ):
     app.command(rich_help_panel=None)(command)

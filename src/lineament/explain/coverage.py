@@ -1,5 +1,6 @@
 """Which operators a model is made of, and which rule each gets."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ def coverage(
         model, inputs, target, rules: as in `relevance`.
 
     Returns:
-        Rows with "operator", "count", "rule" (its function, or "none"), "covered" and "modules" (three of them), the
+        Rows with "operator", "count", "rule" (its function, or "none"), "covered" and "modules" (three, numbers as *), the
         most frequent first. An operator let through by its gradient does not count as covered.
 
     Example:
@@ -46,7 +47,7 @@ def coverage(
     rows = []
     for name, at in sorted(found.items(), key=lambda item: -len(item[1])):
         rule = chosen.operators[at[0]]
-        modules = sorted({tape.modules[i] or "the model" for i in at})
+        modules = sorted({re.sub(r"\.\d+", ".*", tape.modules[i]) or "the model" for i in at})
         more = f", and {len(modules) - 3} more" if len(modules) > 3 else ""
         rows.append(
             {

@@ -2,6 +2,7 @@
 
 from lineament.report.evidence import Evidence
 from lineament.report.figures import bars, curve, heatmap
+from lineament.report.heat import HeatText, heat_image, heat_text
 from lineament.report.machine import machine, versions
 from lineament.report.page import Details, Picture, Rows, Samples, Section, Text, Tiles, page
 from lineament.report.tables import table
@@ -9,6 +10,7 @@ from lineament.report.tables import table
 __all__ = [
     "Details",
     "Evidence",
+    "HeatText",
     "Picture",
     "Rows",
     "Samples",
@@ -17,6 +19,8 @@ __all__ = [
     "Tiles",
     "bars",
     "curve",
+    "heat_image",
+    "heat_text",
     "heatmap",
     "machine",
     "page",

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from lineament._base.errors import InputError
 from lineament.io import write_text
 from lineament.report.evidence import Evidence
+from lineament.report.heat import HeatText
 from lineament.report.tables import cell, columns_of, numeric
 
 
@@ -81,7 +82,7 @@ def page(title: str, sections: Sequence[Any], path: str | Path, *, lead: str = "
     Args:
         title: of the page.
         sections: `Section`s, or parts directly: `Text` or a string, `Tiles`, `Rows` or a list of mappings, `Picture`,
-            `Samples`, `Details`, `Evidence`.
+            `Samples`, `HeatText`, `Details`, `Evidence`.
         path: the file; it appears complete or not at all.
         lead: a paragraph under the title.
         footer: the last line.
@@ -133,6 +134,8 @@ def _part(given: Any) -> dict[str, Any]:
             return _rows(given)
         case Picture():
             return _picture(given)
+        case HeatText():
+            return {"kind": "heat", "tokens": given.shades(), "caption": given.caption}
         case Samples():
             return {"kind": "samples", "prompt": given.prompt, "texts": given.texts}
         case Details():

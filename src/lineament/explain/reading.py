@@ -1,0 +1,191 @@
+"""An explanation to read: a model by name and a text or picture in, tables, a page and heat maps out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineament._base.errors import InputError
+from lineament.explain.ledger import Ledger
+from lineament.explain.relevance import Relevance, relevance
+from lineament.io import write_bytes
+from lineament.models import adapter_for, attentions, head_shape, load_teacher
+from lineament.report import HeatText, Picture, Section, Tiles, heat_image, heat_text, heatmap, page, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """What a model said, and where it came from.
+
+    Attributes:
+        model: its name. target: what was explained. value: its score. rules: the rule set's name.
+        tokens: words or their parts, with `values`, their relevances; empty for pictures.
+        pixels: relevance [Y, X] of a picture, summed over colours, with the `picture` in 0 to 1.
+        heads: relevance of each attention head, a row per layer; empty where heads aren't known.
+        ledger: where relevance ended.
+    """
+
+    model: str
+    target: str
+    value: float
+    rules: str
+    ledger: Ledger
+    tokens: Sequence[str] = ()
+    values: Sequence[float] = ()
+    pixels: Sequence[Sequence[float]] = ()
+    picture: Any = None
+    heads: Sequence[Sequence[float]] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the picture, for `json.dumps`."""
+        return {
+            "model": self.model, "target": self.target, "value": self.value, "rules": self.rules,
+            "tokens": [{"token": t, "relevance": v} for t, v in zip(self.tokens, self.values, strict=True)],
+            "pixels": [list(row) for row in self.pixels], "heads": [list(row) for row in self.heads],
+            "ledger": self.ledger.columns, "unaccounted": self.ledger.unaccounted, "open": self.ledger.open,
+        }  # fmt: skip
+
+    def tables(self) -> list[Any]:
+        """Return rich tables: the tokens that count most, and the ledger."""
+        order = sorted(range(len(self.values)), key=lambda i: -abs(self.values[i]))[:15]
+        rows = [{"position": i, "token": repr(self.tokens[i]), "relevance": self.values[i]} for i in sorted(order)]
+        title = f"{self.target}: {self.value:.4g}, by {self.rules}"
+        ledger = [{k: v for k, v in row.items() if k != "what"} for row in self.ledger.rows() if row["relevance"]]
+        return [*([table(rows, title=title)] if rows else []), table(ledger, title=f"where {title} ended")]
+
+    def png(self, *, dark: bool = False) -> bytes:
+        """Draw the heat map."""
+        title = f"{self.target} ({self.value:.3g})"
+        if len(self.pixels):
+            return heat_image(self.pixels, image=self.picture, title=title, dark=dark)
+        return heat_text(self.tokens, self.values, title=title, dark=dark)
+
+    def write_png(self, path: str | Path) -> Path:
+        """Write the heat map."""
+        return write_bytes(path, self.png())
+
+    def write_html(self, path: str | Path) -> Path:
+        """Write a page: the heat map, the heads, the ledger."""
+        numbers = {"target": self.target, "score": self.value, "rules": self.rules,
+                   "unaccounted": f"{self.ledger.unaccounted:.1e}"}  # fmt: skip
+        parts: list[Any] = [Tiles(numbers)]
+        caption = "Blue speaks for the output, vermilion against it; with the ledger below they add up to the score."
+        if len(self.pixels):
+            alt = f"Relevance of the picture's places for {self.target}"
+            parts.append(Picture(self.png(), alt, caption, self.png(dark=True)))
+        else:
+            parts.append(HeatText(self.tokens, self.values, caption))
+        sections = [Section("What the output comes from", parts)]
+        if len(self.heads):
+            options: dict[str, Any] = {"xlabel": "head", "ylabel": "layer", "unit": "|relevance|"}
+            sizes = [[abs(x) for x in row] for row in self.heads]
+            pictures = [heatmap(sizes, dark=dark, **options) for dark in (False, True)]
+            alt = "Absolute relevance of every attention head, a row per layer"
+            sections.append(Section("Heads", [Picture(pictures[0], alt, "What each head passed on.", pictures[1])]))
+        sections.append(Section("Where relevance ended", [self.ledger.rows()]))
+        return page(f"Why {self.model} says {self.target}", sections, path)
+
+
+def explain_text(model: str, text: str, *, target: str | None = None, rules: Any = "auto") -> Explained:
+    """Explain the next token a language model gives a text.
+
+    Args:
+        model: as for `models.load_teacher`; students too.
+        text: at least one token.
+        target: the word to explain (its first token); the likeliest if None.
+        rules: as for `relevance`.
+
+    Raises:
+        InputError: an empty text, or one longer than the model reads.
+    """
+    if not text.strip():
+        raise InputError("the text is empty; give a few words for the model to go on from")
+    net, tokenizer = load_teacher(model)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    wanted = None
+    if target is not None:
+        lead = "" if target.startswith(" ") or text.endswith((" ", "\n")) else " "
+        wanted = tokenizer(lead + target, add_special_tokens=False)["input_ids"][0]
+    at, layers = _head_places(net)
+    if isinstance(rules, str) and rules in ("smoothgrad", "occlusion", "rollout", "integrated-gradients"):
+        at = []
+    found = relevance(net, {"input_ids": ids}, target=wanted, rules=rules, at=at or None)
+    word = tokenizer.decode([wanted if wanted is not None else int(found.target.split()[-1])])
+    return Explained(
+        model=model, target=repr(word), value=float(found.value[0]), rules=found.rules, ledger=found.ledger,
+        tokens=[tokenizer.decode([i]) for i in ids[0].tolist()], values=found.inputs["input_ids"][0].tolist(),
+        heads=_heads(net, found, layers) if at else (),
+    )  # fmt: skip
+
+
+def _head_places(net: nn.Module) -> tuple[list[str], list[str]]:
+    """Return the taps before the output projections, where heads lie side by side."""
+    try:
+        last, found = adapter_for(net).projections[-1], attentions(net)
+    except InputError:
+        return [], []
+    names = [f"{name}.{last}" for name, _ in found.values()]
+    return [f"{name}:input" for name in names], names
+
+
+def _heads(net: nn.Module, found: Relevance, layers: Sequence[str]) -> list[list[float]]:
+    width = head_shape(net.config)["value_width"]
+    rows = [found.at.get(f"{name}:input") for name in layers]
+    return [x.unflatten(-1, (-1, width)).sum((0, 1, 3)).tolist() for x in rows if isinstance(x, Tensor)]
+
+
+def explain_image(model: str, image: str | Path, *, target: int | None = None, rules: Any = "auto") -> Explained:
+    """Explain the class an image classifier gives a picture.
+
+    Args:
+        model: folder or Hub name of a transformers image classifier.
+        image: a picture file.
+        target: a class number; the likeliest if None.
+
+    Raises:
+        InputError: no such model, or no picture.
+    """
+    net, pixels = _picture(model, Path(image))
+    found = relevance(net, {"pixel_values": pixels}, target=target, rules=rules)
+    label = int(found.target.split()[-1])
+    shown = pixels[0].permute(1, 2, 0)
+    shown = (shown - shown.min()) / (shown.max() - shown.min()).clamp_min(1e-9)
+    return Explained(
+        model=model, target=str((net.config.id2label or {}).get(label, label)), value=float(found.value[0]),
+        rules=found.rules, ledger=found.ledger, pixels=found.inputs["pixel_values"][0].sum(0).tolist(),
+        picture=shown.numpy(),
+    )  # fmt: skip
+
+
+def _picture(model: str, image: Path) -> tuple[nn.Module, Tensor]:
+    from PIL import Image, UnidentifiedImageError
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    from lineament.models import find_model
+
+    if not image.is_file():
+        raise InputError(f"{image} does not exist; expected a picture file")
+    folder = find_model(model)
+    try:
+        net: Any = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"{folder} can't be loaded as an image classifier: {str(error).splitlines()[0]}") from error
+    try:
+        with Image.open(image) as opened:
+            mode = "L" if getattr(net.config, "num_channels", 3) == 1 else "RGB"
+            pixels = processor(opened.convert(mode), return_tensors="pt")["pixel_values"]
+    except UnidentifiedImageError as error:
+        raise InputError(f"{image} is not a picture") from error
+    return net.eval().float(), pixels.to(torch.float32)
+
+
+def coverage_of(model: str, text: str, *, rules: Any = "auto") -> list[dict[str, Any]]:
+    """Return `coverage` of a language model by name, on a text."""
+    from lineament.explain.coverage import coverage
+
+    net, tokenizer = load_teacher(model)
+    return coverage(net, {"input_ids": tokenizer(text, return_tensors="pt")["input_ids"]}, rules=rules)

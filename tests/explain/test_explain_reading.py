@@ -1,0 +1,82 @@
+"""Explanations by name: a text or a picture in, JSON, a page and heat maps out; mistakes in one line."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tiny_families import make
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+
+from lineament.cli import run
+
+WORDS = ["[UNK]", "the", "capital", "of", "france", "is", "paris"]
+
+
+@pytest.fixture
+def decoder(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "llama")
+    make("llama")[0].save_pretrained(tmp_path / "llama")
+    return str(tmp_path / "llama")
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    make("vit")[0].save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    Image.new("RGB", (40, 30), (200, 30, 60)).save(tmp_path / "red.png")
+    return str(tmp_path / "vit"), str(tmp_path / "red.png")
+
+
+def test_a_text_is_explained_as_json_page_and_picture(decoder, capsys, tmp_path):
+    files = [str(tmp_path / "why.html"), str(tmp_path / "why.png")]
+    text = ["explain", decoder, "--text", "the capital of france is", "--target", "paris"]
+    assert run([*text, "--html", files[0], "--png", files[1], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["token"] for each in found["tokens"]] == WORDS[1:6]
+    total = sum(each["relevance"] for each in found["tokens"])
+    assert total + sum(v for k, v in found["ledger"].items() if k != "inputs") == pytest.approx(
+        found["value"], rel=1e-4
+    )
+    assert torch.tensor(found["heads"]).shape == (2, 4)
+    page = (tmp_path / "why.html").read_text()
+    assert "france</span>" in page
+    assert "rgba(" in page
+    assert (tmp_path / "why.png").read_bytes()[:4] == b"\x89PNG"
+    assert run(text) == 0
+    assert "remainder" in capsys.readouterr().out
+
+
+def test_a_picture_is_explained(classifier, capsys, tmp_path):
+    model, picture = classifier
+    out = str(tmp_path / "why.html")
+    assert run(["explain", model, "--image", picture, "--target", "2", "--html", out, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert torch.tensor(found["pixels"]).shape == (32, 32)
+    assert found["target"] == "LABEL_2"
+    assert found["unaccounted"] < 1e-4
+
+
+def test_coverage_is_listed(decoder, capsys):
+    assert run(["coverage", decoder, "--text", "the capital", "--json"]) == 0
+    assert all(row["covered"] for row in json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--text", " "], "the text is empty"),
+        ([], "give either --text or --image"),
+        (["--image", "none.png"], "does not exist"),
+        (["--text", "the " * 40], "the model reads 32"),
+        (["--text", "the", "--rules", "atnlrp"], "Did you mean 'attnlrp'"),
+    ],
+)
+def test_a_mistake_is_one_line(decoder, capsys, arguments, said):
+    assert run(["explain", decoder, *arguments]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told
