@@ -20,6 +20,7 @@
   `match_parameters(config, other)`: arms of equal size; `parameters(config)`.
 - `attn_implementation="subsampled"`, `with subsampled(model, Subsampling(...))`, `self_ensemble(model, ...)`: random
   parts of attention while training, dense afterwards, and averages over random sub-models.
+- `prefill(model, ids) -> Prefilled(cache, logits, tokens)`: a text of any length, piece by piece.
 - `sequence_parallel_loss(model, input_ids)`: sequences spread over ranks; `average_gradients_(model)` without DDP.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
@@ -32,6 +33,7 @@ from lineament.models.families import FAMILIES, Family, decoder_config, full_lay
 from lineament.models.generate import cache_nbytes, write_text
 from lineament.models.load import find_model, load_teacher
 from lineament.models.parallel import average_gradients_, sequence_parallel_loss
+from lineament.models.prefill import Prefilled, prefill
 from lineament.models.student import (
     build_student,
     config_for,
@@ -56,6 +58,7 @@ __all__ = [
     "DecoderForCausalLM",
     "DecoderModel",
     "Family",
+    "Prefilled",
     "StudentCache",
     "adapter_for",
     "attentions",
@@ -74,6 +77,7 @@ __all__ = [
     "mixer_configs",
     "mixers_of",
     "parameters",
+    "prefill",
     "register",
     "register_all",
     "register_decoder",

@@ -10,6 +10,7 @@ from torch import Tensor
 from lineament._base.errors import InputError
 from lineament._base.seeds import seeded
 from lineament.models.load import load_teacher
+from lineament.models.prefill import PIECE, prefill
 
 
 def write_text(
@@ -50,6 +51,8 @@ def write_text(
         options["streamer"] = _streamer(stream, TextStreamer, tokenizer)
     start = time.perf_counter()
     with torch.no_grad(), seeded(seed):
+        if ids.shape[1] > PIECE:  # all but the last token, so that generate has one to begin with
+            options["past_key_values"] = prefill(network, ids[:, :-1]).cache
         out = network.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, return_dict_in_generate=True,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
