@@ -24,6 +24,7 @@
 - `speed_up_(model) -> SpedUp`: a transformers model's linear layers on our operators, in place, `.restore()`.
 - `load_model(name)`: a model in its own format, every key accounted for.
 - `sequence_parallel_loss(model, input_ids)`: sequences spread over ranks; `average_gradients_(model)` without DDP.
+- `Terminator(TerminatorConfig(...))`: classifiers of images and sequences by hyper-kernels; `TERMINATOR_CIFAR` the published one.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
@@ -47,6 +48,7 @@ from lineament.models.student import (
     student_class,
 )
 from lineament.models.subsampled import self_ensemble, subsampled
+from lineament.models.terminator import TERMINATOR_CIFAR, Terminator, TerminatorConfig
 from lineament.models.tiny import tiny, tiny_teacher
 
 register_all()
@@ -56,6 +58,7 @@ register_decoder()
 __all__ = [
     "ADAPTERS",
     "FAMILIES",
+    "TERMINATOR_CIFAR",
     "Adapter",
     "DecoderConfig",
     "DecoderForCausalLM",
@@ -64,6 +67,8 @@ __all__ = [
     "Prefilled",
     "SpedUp",
     "StudentCache",
+    "Terminator",
+    "TerminatorConfig",
     "adapter_for",
     "attentions",
     "average_gradients_",

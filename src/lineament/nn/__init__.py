@@ -10,6 +10,8 @@
 - `Rows`: padding and packing of a block. `KeyValues`, `causal_softmax`: ordinary attention over a growing buffer.
 - `SubsampledAttention(width, heads, Subsampling(...))`: self-attention over a random part of the sources in training.
 - `TensorAttention(width, heads)`: self-attention over pairs of keys, exact, windowed or near-linear.
+- `HyperBlock(channels, factor, HyperConfig(size=...))`: maps mixed by generated kernels (`HyperKernel`,
+  `LocalKernel`) as large as the image. `GroupedStandardization`, `ByBatch`, `by_sample`: nothing learned in them.
 - `quiet_log_scale`: where a far part starts unheard.
 """
 
@@ -20,12 +22,15 @@ from lineament.nn.decays import share_lower_bounds_
 from lineament.nn.delta import DeltaHeads, DeltaState
 from lineament.nn.feature_maps import FEATURE_MAPS
 from lineament.nn.heads import ConvertedHeads, HeadMixer, LayerState, check_heads_input
+from lineament.nn.hyper_kernel import HyperKernel, LocalKernel
+from lineament.nn.hyperzzw import HyperBlock, HyperConfig
 from lineament.nn.layers import LAYERS, published
 from lineament.nn.lightnet import cosines, global_field
 from lineament.nn.mixer import Mixer, MixerCache, Slots
 from lineament.nn.rows import Rows
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.softmax import KeyValues, causal_softmax
+from lineament.nn.standardization import ByBatch, GroupedStandardization, by_sample
 from lineament.nn.subsampled import SubsampledAttention, Subsampling
 from lineament.nn.tensor_attention import TensorAttention
 from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow, quiet_log_scale
@@ -35,16 +40,22 @@ __all__ = [
     "FEATURE_MAPS",
     "LAYERS",
     "PUBLISHED",
+    "ByBatch",
     "ConvertedHeads",
     "CountedState",
     "DeltaHeads",
     "DeltaState",
+    "GroupedStandardization",
     "HeadMixer",
     "HedgehogWindow",
+    "HyperBlock",
+    "HyperConfig",
+    "HyperKernel",
     "KeyValues",
     "LayerState",
     "Lightning",
     "LinearHeads",
+    "LocalKernel",
     "Lolcats",
     "Mixer",
     "MixerCache",
@@ -57,6 +68,7 @@ __all__ = [
     "Subsampling",
     "TensorAttention",
     "build",
+    "by_sample",
     "causal_softmax",
     "check_heads_input",
     "cosines",

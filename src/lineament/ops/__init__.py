@@ -7,15 +7,17 @@
 - `linear_attention`: feature maps under a running normaliser. `bidirectional_attention`: the same, not causal.
 - `windowed_linear_attention`: exact softmax on a window and sinks, feature maps elsewhere, one denominator;
   `windowed_step_` is its step. `lolcats_attention`: the published form. `window_attention`: window and sinks alone.
-- `subsampled_attention`: softmax over a random part of the sources, for training and ensembles.
 - `with sequence_parallel(tokens):` the causal ones over torch.distributed, each rank with its stretch
   (`Part`, `stretches`).
+- `subsampled_attention`: softmax over a random part of the sources, for training and ensembles.
 - `tensor_attention`: softmax over pairs of keys, exact; `polynomial_tensor_attention`: near-linear, with its bound
   `polynomial_error` and its causal recurrence `polynomial_tensor_scan`; `tensor_cost` compares the two.
+- `hyper_product`, `local_product`, `centred_convolution`: generated kernels applied to maps and sequences.
 """
 
 from lineament.ops.bidirectional import bidirectional_attention
 from lineament.ops.gates import check_gates
+from lineament.ops.hyper import centred_convolution, hyper_product, local_product
 from lineament.ops.linear import linear_attention
 from lineament.ops.parallel import Part, sequence_parallel, stretches
 from lineament.ops.recurrence import (
@@ -52,14 +54,17 @@ __all__ = [
     "Part",
     "WindowState",
     "bidirectional_attention",
+    "centred_convolution",
     "check_gates",
     "decayed_attention",
     "decayed_step_",
     "delta_rule",
     "delta_step_",
     "elementwise_scan",
+    "hyper_product",
     "kernel_error",
     "linear_attention",
+    "local_product",
     "lolcats_attention",
     "lolcats_step_",
     "polynomial_error",

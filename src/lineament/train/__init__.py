@@ -1,6 +1,7 @@
 """One training loop, on Accelerate: resumable to the bit, logged as JSON lines, saved whole or not at all."""
 
 from lineament.train.config import OPTIMIZERS, SCHEDULES, FitConfig
+from lineament.train.kar3 import Kar3
 from lineament.train.loop import Fitted, TrainingError, fit
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "FitConfig", "Fitted", "TrainingError", "fit"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "FitConfig", "Fitted", "Kar3", "TrainingError", "fit"]

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from lineament._base.errors import InputError, unknown
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "sgd", "kar3")
 PRECISIONS = ("fp32", "bf16")
 DECAY_SHARE = 0.2  # of the steps, at the end of warm-up, stable, decay
 
@@ -26,6 +26,7 @@ class FitConfig:
         clip: largest norm of the gradient; None leaves it.
         accumulate: batches per step; several processes share them.
         precision: "fp32", or "bf16" autocast over float32 master weights.
+        betas: of AdamW, and of Kar3's two averages (0.5 and 0.95 as published); the first is SGD's momentum.
         seed: of what is drawn during training (dropout).
         checkpoint_every, log_every: steps.
 

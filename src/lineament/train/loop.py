@@ -21,6 +21,7 @@ from lineament._base.errors import InputError, LineamentError
 from lineament._base.seeds import seeded
 from lineament.train import checkpoint
 from lineament.train.config import FitConfig
+from lineament.train.kar3 import Kar3
 
 Batches = Callable[[int], Any]
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, float]]]
@@ -204,6 +205,8 @@ def _groups(names: Mapping[nn.Parameter, str], config: FitConfig) -> list[dict[s
 def _optimizer(groups: list[dict[str, Any]], config: FitConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.betas[0])
+    if config.optimizer == "kar3":
+        return Kar3(groups, betas=config.betas)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
 
 
