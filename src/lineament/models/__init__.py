@@ -24,7 +24,7 @@
 - `speed_up_(model) -> SpedUp`: a transformers model's linear layers on our operators, in place, `.restore()`.
 - `load_model(name)`: a model in its own format, every key accounted for.
 - `sequence_parallel_loss(model, input_ids)`: sequences spread over ranks; `average_gradients_(model)` without DDP.
-- `Terminator(TerminatorConfig(...))`: classifiers of images and sequences by hyper-kernels; `TERMINATOR_CIFAR` the published one.
+- `Terminator(TerminatorConfig(...))`, `TERMINATOR_CIFAR`: classifiers of images and sequences by hyper-kernels.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
