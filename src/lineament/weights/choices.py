@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lineament._base.errors import InputError
-from lineament.weights.geometry import dot_product
-from lineament.weights.task_vectors import PIECE, pieces, top_mask
+from lineament.weights.geometry import PIECE, dot_product, pieces
+from lineament.weights.task_vectors import top_mask
 
 QUANTILE_SAMPLE = 1_000_000
 

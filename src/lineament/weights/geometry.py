@@ -1,11 +1,12 @@
 """Inner products and arcs between tensors, accumulated in float64 by pieces so that no wide copy is ever whole."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-PIECE = 1 << 20  # elements; a piece and its float64 copy stay in cache
+PIECE = 1 << 18  # elements: a piece of every model stays in cache, and no fresh pages are touched for it
 
 
 def wide(x: Tensor) -> Tensor:
@@ -15,6 +16,30 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.itemsize == 1 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Walk tensors of one size side by side in flat pieces that fit a cache; what is contiguous can be written to."""
+    return zip(*(x.reshape(-1).split(PIECE) for x in tensors), strict=True)
+
+
+def combined(tensors: Sequence[Tensor], numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Return `sum_i c_i x_i`, summed in float32 or wider piece by piece, and rounded once to `dtype`.
+
+    Example:
+        >>> combined([torch.ones(2), torch.arange(2.0)], [0.5, 2.0], torch.bfloat16).tolist()
+        [0.5, 2.5]
+    """
+    kind = torch.float32
+    for x in tensors:
+        kind = torch.promote_types(kind, x.dtype) if x.itemsize > 1 else kind  # float8 promotes to nothing
+    out = torch.empty(tensors[0].shape, dtype=dtype)
+    for into, first, *rest in pieces(out, *tensors):
+        total = torch.mul(first.to(kind), numbers[0])
+        for part, c in zip(rest, numbers[1:], strict=True):
+            total.add_(part.to(kind), alpha=c)
+        into.copy_(total)
+    return out
+
+
 def dot_product(x: Tensor, y: Tensor) -> float:
     """Return the inner product of two tensors of one shape, in float64.
 
@@ -22,8 +47,7 @@ def dot_product(x: Tensor, y: Tensor) -> float:
         >>> dot_product(torch.ones(3), torch.arange(3.0))
         3.0
     """
-    pieces = zip(x.reshape(-1).split(PIECE), y.reshape(-1).split(PIECE), strict=True)
-    return math.fsum(float(torch.dot(a.double(), b.double())) for a, b in pieces)
+    return math.fsum(float(torch.dot(a.double(), b.double())) for a, b in pieces(x, y))
 
 
 def slerp(a: Tensor, b: Tensor, t: float, *, straight: float = 0.9995) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lineament._base.errors import InputError, near_miss, unknown
 from lineament._base.seeds import generator
 from lineament.weights.differences import check_alike, listed
+from lineament.weights.geometry import pieces
 from lineament.weights.methods import ALIASES, KINDS, METHODS, NEEDED, Method
 from lineament.weights.point import Point, Spec
 from lineament.weights.settings import check_setting, evaluate, layer_places, number
@@ -139,14 +140,14 @@ def merged(tasks: Mapping[str, Task], method: str, like: Point, *, seed: int = 0
     points = {id(p): p for task in tasks.values() for p, _ in _places(task)}
     specs = {name: _spec(task) for name, task in tasks.items()}
 
-    def load(name: str) -> Tensor:
-        return _run(row, tasks[name], name, specs[name], seed)
+    def load(name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return _run(row, tasks[name], name, specs[name], seed, dtype)
 
     told = [method, seed, [[name, [[list(points).index(id(p)), n] for p, n in _places(task)], task.options]
                            for name, task in tasks.items()]]  # fmt: skip
     label = f"{method} of {listed([p.label for p in points.values()], 4)}"
     buffers = like.buffers & frozenset(tasks)
-    return replace(like.computed(label, specs, list(points.values()), load, told=told), buffers=buffers)
+    return replace(like.computed(label, specs, list(points.values()), load, told=told, rounded=load), buffers=buffers)
 
 
 def _places(task: Task) -> list[Where]:
@@ -162,7 +163,7 @@ def _spec(task: Task) -> Spec:
     return Spec(dtype, places[0][0].shape(places[0][1]))
 
 
-def _run(row: Method, task: Task, name: str, spec: Spec, seed: int) -> Tensor:
+def _run(row: Method, task: Task, name: str, spec: Spec, seed: int, dtype: torch.dtype | None = None) -> Tensor:
     inputs, options = Inputs(task.inputs), dict(task.options)
     if not spec.floating:
         return _agreed(name, [*task.inputs, *([task.base] if task.base else [])])
@@ -178,7 +179,19 @@ def _run(row: Method, task: Task, name: str, spec: Spec, seed: int) -> Tensor:
     if row.statistics:
         options["statistics"] = [None if place is None else place[0].value(place[1]) for place in task.statistics]
     with torch.no_grad():
-        return row.run(inputs, base, **options)
+        if row.entries and spec.shape:
+            return _in_pieces(row, list(inputs), base, options, dtype or torch.promote_types(spec.dtype, torch.float32))
+        found = row.run(inputs, base, **options)
+    return found.to(dtype) if dtype else found
+
+
+def _in_pieces(row: Method, inputs: list[Tensor], base: Tensor | None, options: dict[str, Any], dtype: torch.dtype):
+    """Merge piece by piece and round at once: what is fresh stays in cache."""
+    out = torch.empty(inputs[0].shape, dtype=dtype)
+    for into, *parts in pieces(out, *inputs, *([] if base is None else [base])):
+        start = None if base is None else parts.pop()
+        into.copy_(row.run(parts, start, **options))
+    return out
 
 
 def _stream(seed: int, name: str, model: int) -> int:

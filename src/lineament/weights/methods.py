@@ -25,6 +25,7 @@ class Method:
         models: least and most number of models beside the base.
         each: options with one value per model, and their defaults. shared: options with one value.
         check: what is refused of the options, before a tensor is read.
+        entries: every entry of the result depends on that entry of the inputs alone, so that pieces may be merged.
         draws: hand `run` one random generator per model. statistics: hand it one statistic per model.
     """
 
@@ -35,6 +36,7 @@ class Method:
     each: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] | None = None
+    entries: bool = False
     draws: bool = False
     statistics: bool = False
 
@@ -45,6 +47,7 @@ def _family(
     return Method(
         about=about, run=row(trim, elect), base="needed", draws=True, each={"weight": NEEDED, "density": 1.0, **each},
         shared={"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False},
+        entries=trim is None and not elect,
     )  # fmt: skip
 
 
@@ -61,7 +64,7 @@ _WEIGHT = {"weight": 1.0}
 METHODS: dict[str, Method] = {
     "linear": Method(
         about="weighted average", run=task_vectors.linear, each={"weight": NEEDED}, shared={"normalize": True},
-        check=_sums,
+        check=_sums, entries=True,
     ),
     "task_arithmetic": _family("base plus weighted task vectors"),
     "ties": _family("task vectors trimmed by magnitude, signs elected", largest, elect=True, normalize=True),

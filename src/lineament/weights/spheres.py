@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lineament._base.errors import InputError
-from lineament.weights.geometry import dot_product
+from lineament.weights.geometry import combined, dot_product
 from lineament.weights.geometry import slerp as arc
 from lineament.weights.task_vectors import total_weight
 
@@ -57,12 +57,12 @@ def multislerp(
     total = total_weight(weight) if normalize_weights else 1.0
     weight = [w / total for w in weight]
     lengths = [math.sqrt(dot_product(v, v)) for v in vectors]
-    mean = _combined(vectors, [w / (length + eps) for w, length in zip(weight, lengths, strict=True)])
+    mean = combined(vectors, [w / (length + eps) for w, length in zip(weight, lengths, strict=True)], torch.float32)
     size = math.sqrt(dot_product(mean, mean))
     if size >= eps:
         found = mean.mul_(sum(w * length for w, length in zip(weight, lengths, strict=True)) / size)
     elif len(vectors) == 2 or max(lengths) < eps:  # nothing moved: nothing to average
-        found = _combined(vectors, weight)
+        found = combined(vectors, weight, torch.float32)
     else:
         raise InputError("the weighted directions cancel, so they have no mean; choose other weights")
     return found if base is None else found.add_(base)
@@ -96,11 +96,4 @@ def karcher(tensors: Sequence[Tensor], base: None, *, max_iter: int, tol: float)
             break
         c = math.cos(size) * c + math.sin(size) / size * step
         c = c / (c @ cosines @ c).sqrt()
-    return _combined(vectors, (c * inverse * lengths.mean()).tolist())
-
-
-def _combined(vectors: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
-    total = torch.mul(vectors[0].to(torch.promote_types(vectors[0].dtype, torch.float32)), numbers[0])
-    for vector, number in zip(vectors[1:], numbers[1:], strict=True):
-        total.add_(vector, alpha=number)
-    return total
+    return combined(vectors, (c * inverse * lengths.mean()).tolist(), torch.float32)

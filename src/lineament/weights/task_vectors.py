@@ -4,15 +4,15 @@ Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089), TIES (Yadav et al. 2023
 2311.03099), Breadcrumbs (Davari and Belilovsky 2024, 2312.06795) and DELLA (Deep et al. 2024, 2406.11617) are rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from lineament._base.errors import InputError
+from lineament.weights.geometry import PIECE, combined, pieces
 
-PIECE = 1 << 18  # elements: what one model contributes to a piece stays in cache
 SAMPLE = 1 << 15
 
 Trim = Callable[..., Tensor]
@@ -22,13 +22,8 @@ Trim = Callable[..., Tensor]
 def linear(tensors: Sequence[Tensor], base: Tensor | None, *, weight: Sequence[float], normalize: bool) -> Tensor:
     """Weighted average `sum w_i x_i / sum w_i` (model soups, Wortsman et al. 2022, 2203.05482)."""
     total = total_weight(weight) if normalize else 1.0
-    found: Tensor | None = None
-    for x, w in zip(tensors, weight, strict=True):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        found = torch.mul(x.to(dtype), w / total) if found is None else found.add_(x, alpha=w / total)
-        del x
-    assert found is not None
-    return found
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return combined(list(tensors), [w / total for w in weight], dtype)
 
 
 def total_weight(weight: Sequence[float]) -> float:
@@ -68,11 +63,6 @@ def merge_task_vectors(
         mixed = _elected(parts, weight, normalize) if elect else _sum(parts)
         torch.add(start, mixed, alpha=scale, out=into)
     return out
-
-
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Walk tensors of one size side by side in flat pieces that fit a cache; what is contiguous can be written to."""
-    return zip(*(x.reshape(-1).split(PIECE) for x in tensors), strict=True)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
