@@ -1,0 +1,102 @@
+"""A model's forward pass as one flat graph of ATen operators, with parameters and buffers as inputs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from lineament._base.backends import plain_autograd
+from lineament._base.errors import InputError
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced forward pass.
+
+    Attributes:
+        module: the graph; its placeholders are the parameters, the buffers, then the tensors among the arguments. It
+            returns the list of the tensors in the output. Composite operators (linear, layer_norm, ...) stay whole.
+        parameters, buffers: their names, each tied tensor once.
+        inputs: how many argument tensors there are.
+    """
+
+    module: fx.GraphModule
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    inputs: int
+
+    def run(self, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], interpreter: type = fx.Interpreter) -> Any:
+        """Execute the graph on other weights and inputs of the traced shapes."""
+        flat = [tensors[name] for name in (*self.parameters, *self.buffers)]
+        return interpreter(self.module).run(*flat, *inputs)
+
+
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
+    """Trace a model in eval mode on example arguments; only shapes count, no arithmetic is done.
+
+    The operators of this library are traced in their plain-autograd form.
+
+    Args:
+        model: any module; its mode is as before afterwards. Of an output with `logits` only these count.
+        args, kwargs: of its forward pass. Shapes are fixed in the trace.
+
+    Raises:
+        InputError: the forward pass can't be traced (it depends on the values of tensors), with the reason.
+
+    Example:
+        >>> traced = trace(nn.Linear(2, 3), torch.zeros(1, 2))
+        >>> [str(node.target) for node in traced.module.graph.nodes if node.op == "call_function"]
+        ['aten.linear.default']
+    """
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    names = [*parameters, *buffers]
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def forward(*flat: Tensor) -> list[Tensor]:
+        given = list(leaves)
+        for i, tensor in zip(at, flat[len(names) :], strict=True):
+            given[i] = tensor
+        a, k = pytree.tree_unflatten(given, spec)
+        found = torch.func.functional_call(model, dict(zip(names, flat, strict=False)), a, k)
+        found = found.logits if isinstance(getattr(found, "logits", None), Tensor) else found
+        return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+
+    flat = [tensor.detach() for tensor in (*parameters.values(), *buffers.values())] + [leaves[i] for i in at]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with _exporting(), plain_autograd(), torch.no_grad():
+            traced = make_fx(forward, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
+            module = traced(*flat)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{type(model).__name__} can't be traced ({what}); its forward pass must not depend on the values of "
+            "tensors. Experts of transformers: model.set_experts_implementation('batched_mm')"
+        ) from error
+    finally:
+        for each, training in modes:
+            each.training = training
+    return Traced(module, tuple(parameters), tuple(buffers), len(at))
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """Let models take the branches they take under torch.export, and keep attention layers in single operators."""
+    before = torch.compiler._is_exporting_flag
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.compiler._is_exporting_flag = True
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.compiler._is_exporting_flag = before
+        torch.backends.mha.set_fastpath_enabled(fused)

@@ -1,0 +1,174 @@
+"""Coordinate ascent over the classes of a group: one assignment problem per class, the others held.
+
+Maximises `sum_W <A_W, (P B)_W>` over permutations P, which is the least distance |A - P B|. A class with dependents
+(heads, key-value groups, experts) is visited together with them: cyclic shifts pair every position with every source,
+the dependents are solved for each pair, and the joint values make the outer assignment problem (git re-basin, Ainsworth
+et al. 2023, arXiv:2209.04836, section 3.2, extended to nested classes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from lineament._base.errors import InputError
+from lineament.graph import AxisClass
+from lineament.weights.blocks import Place, block, places
+from lineament.weights.elements import Permutation, Trees, classes_in
+from lineament.weights.geometry import dot_product
+
+ROUNDS, SWEEPS, GAIN = 8, 100, 1e-12
+Tensors = dict[str, Tensor]
+
+
+class Ascent:
+    """One search: the tensors of A and of B as moved so far, and the permutation that moved them."""
+
+    def __init__(
+        self, classes: Sequence[AxisClass], trees: Trees, a: Mapping[str, Tensor], b: Mapping[str, Tensor],
+        start: Permutation | None = None,
+    ) -> None:  # fmt: skip
+        self.classes, self.trees, self.a = classes, {name: trees[name] for name in trees if name in a}, a
+        self.total = start or Permutation(classes, self.trees, {})
+        self.b = {name: self.total.act(name, b[name]) for name in self.trees}
+        held = {name: {c for tree in tree_s for c in classes_in(tree)} for name, tree_s in self.trees.items()}
+        self.free = [c for c, cls in enumerate(classes) if not cls.frozen and any(c in of for of in held.values())]
+        self.names = {c: [name for name in self.trees if c in held[name]] for c in self.free}
+        self.held = {name: of & set(self.free) for name, of in held.items()}
+        self.places: dict[tuple[str, int], list[Place]] = {
+            (name, c): list(places(self.trees[name], c)) for c in self.free for name in self.names[c]
+        }
+        self.dependents = {c: [d for d in self.free if c in classes[d].outer] for c in self.free}
+        self.units = [c for c in self.free if not any(o in self.dependents for o in classes[c].outer)]
+        self.values = {name: dot_product(a[name], self.b[name]) for name in self.trees}
+
+    @property
+    def objective(self) -> float:
+        """The inner product of A with B as it stands."""
+        return math.fsum(self.values.values())
+
+    def sweep(self, order: Sequence[int]) -> float:
+        """Visit units in an order; return by how much the objective rose."""
+        before = self.objective
+        for unit in order:
+            self._visit(unit, self.names[unit], always=False)
+        return self.objective - before
+
+    def grow(self, draw: torch.Generator) -> None:
+        """Visit every unit once, beginning where the sides are anchored, and look only at what is settled already."""
+        settled: set[int] = set()
+        size = {name: float(self.a[name].square().sum()) for name in self.trees}
+        left = [self.units[i] for i in torch.randperm(len(self.units), generator=draw).tolist()]
+        while left:
+            known = {unit: self._known(unit, settled) for unit in left}
+            share = {u: sum(size[n] for n in known[u]) / (sum(size[n] for n in self.names[u]) or 1.0) for u in left}
+            unit = max(left, key=share.__getitem__)
+            self._visit(unit, known[unit] or self.names[unit], always=True)
+            settled |= {unit, *self.dependents[unit]}
+            left.remove(unit)
+
+    def _known(self, unit: int, settled: set[int]) -> list[str]:
+        family = {unit, *self.dependents[unit]}
+        return [
+            name for name in self.names[unit]
+            if self.held[name] <= settled | family and sum(len(self.places[name, c]) for c in {unit}) == 1
+        ]  # fmt: skip
+
+    def _visit(self, unit: int, names: Collection[str], *, always: bool) -> None:
+        step = self._improved(unit, self.b, names)
+        moved = {name: step.act(name, self.b[name]) for name in self.names[unit]}
+        values = {name: dot_product(self.a[name], x) for name, x in moved.items()}
+        before = math.fsum(self.values[name] for name in moved)
+        if always or math.fsum(values.values()) > before + GAIN * abs(before):
+            self.b.update(moved)
+            self.values.update(values)
+            self.total = self.total.then(step)
+
+    def _improved(self, cls: int, b: Mapping[str, Tensor], names: Collection[str]) -> Permutation:
+        """Return the best step for a class and its dependents, seen from where B stands."""
+        if not self.dependents[cls]:
+            return self._step({cls: _assigned(self._cost(cls, b, names))})
+        n, outer = self.classes[cls].size, [self.classes[o].size for o in self.classes[cls].outer]
+        joint = torch.zeros(*outer, n, n, dtype=torch.float64)
+        solved: list[dict[int, Tensor]] = []
+        for shift in range(n):
+            moved = (torch.arange(n) + shift) % n
+            rolled = self._step({cls: moved.expand(*outer, n)})
+            here = {name: rolled.act(name, b[name]) for name in names}
+            inner, here = self._settled(self.dependents[cls], here)
+            joint[..., torch.arange(n), moved] = self._agreement(cls, here)
+            solved.append({d: inner.perms.get(d, self._still(d)) for d in self.dependents[cls]})
+        best = _assigned(joint)
+        chosen = (best - torch.arange(n)) % n
+        return self._step({cls: best, **{d: self._gathered(cls, d, chosen, solved) for d in self.dependents[cls]}})
+
+    def _gathered(self, cls: int, inner: int, chosen: Tensor, solved: Sequence[Mapping[int, Tensor]]) -> Tensor:
+        """Take each position's solution for an inner class from the shift that its source came by."""
+        stack = torch.stack([found[inner] for found in solved])  # [shift, outer sizes of inner ..., n]
+        outer = self.classes[inner].outer
+        grid = torch.meshgrid(*(torch.arange(self.classes[o].size) for o in outer), indexing="ij")
+        here = dict(zip(outer, grid, strict=True))
+        shift = chosen[(*(here[o] for o in self.classes[cls].outer), here[cls])]
+        return stack[(shift, *grid)]
+
+    def _settled(self, inner: Sequence[int], b: Tensors) -> tuple[Permutation, Tensors]:
+        """Ascend over a family's inner classes, each with the others installed, to a fixed point."""
+        heads = [d for d in inner if not any(o in inner for o in self.classes[d].outer)]
+        total, settled = self._step({}), set()
+        before = -math.inf
+        for _ in range(ROUNDS):
+            for d in heads:
+                mine = {d, *self.dependents[d]}
+                names = [name for name in self.names[d] if name in b]
+                if len(settled) < len(heads):  # the first round looks at what is settled only, where there is some
+                    known = [name for name in names if not (self.held[name] & set(inner)) - mine - settled]
+                    names = known or names
+                    settled |= mine
+                if names:
+                    step = self._improved(d, b, names)
+                    b = {name: step.act(name, x) for name, x in b.items()}
+                    total = total.then(step)
+            value = math.fsum(float((self.a[name] * x).sum()) for name, x in b.items())
+            if len(heads) == 1 or value <= before + 1e-6 * abs(before):
+                break
+            before = value
+        return total, b
+
+    def _cost(self, cls: int, b: Mapping[str, Tensor], names: Collection[str]) -> Tensor:
+        """Return [outer sizes ..., n, n]: the inner product of A's position i with B's position j."""
+        total: Tensor | float = 0.0
+        for name in names:
+            for place in self.places[name, cls]:
+                x, y = (block(t[name], self.trees[name], place, self.classes, cls) for t in (self.a, b))
+                total = total + x @ y.mT
+        assert isinstance(total, Tensor)
+        return total
+
+    def _agreement(self, cls: int, b: Mapping[str, Tensor]) -> Tensor:
+        """Return [outer sizes ..., n]: the inner product at each position."""
+        total: Tensor | float = 0.0
+        for name in b:
+            for place in self.places[name, cls]:
+                x, y = (block(t[name], self.trees[name], place, self.classes, cls) for t in (self.a, b))
+                total = total + (x * y).sum(-1).double()
+        assert isinstance(total, Tensor)
+        return total
+
+    def _step(self, perms: Mapping[int, Tensor]) -> Permutation:
+        return Permutation(self.classes, self.trees, perms)
+
+    def _still(self, cls: int) -> Tensor:
+        return torch.arange(self.classes[cls].size).expand(*(self.classes[o].size for o in self.classes[cls].outer), -1)
+
+
+def _assigned(gain: Tensor) -> Tensor:
+    """Solve [..., n, n] assignment problems for the largest total gain: int64 [..., n], position -> source."""
+    flat = gain.detach().reshape(-1, *gain.shape[-2:]).double().numpy()
+    if not torch.isfinite(gain).all():
+        raise InputError("the costs of matching are not finite; a tensor holds NaN or infinity")
+    found = [torch.from_numpy(linear_sum_assignment(one, maximize=True)[1]) for one in flat]
+    return torch.stack(found).view(gain.shape[:-1])
