@@ -3,11 +3,14 @@
 - `relevance(model, inputs, *, target, rules, at, baseline) -> Relevance`: of inputs, of modules, with a ledger.
 - `Rules`, `RULES`: rule sets as values and by name; `Epsilon`, `Gamma`, `AlphaBeta`, `ZPlus`, `ZBox`, `Flat`, `WSquare`
   are rules of linear maps. `METHODS`: integrated gradients, SmoothGrad, occlusion, rollout.
+- `effects(model, clean, corrupt, metric, sites, *, method) -> Effects`: activation patching, ablations, and estimates:
+  attribution patching, RelP, integrated gradients, direct logit attribution.
 - `coverage(model, inputs)`: operator x count x rule.
 - `infidelity`, `sensitivity`, `flipping`, `abpc`: how good an explanation is.
 """
 
 from lineament.explain.coverage import coverage
+from lineament.explain.effects import Effects, effects
 from lineament.explain.ledger import COLUMNS, Ledger
 from lineament.explain.linear import AlphaBeta, Dynamic, Epsilon, Flat, Gamma, Linear, WSquare, ZBox, ZPlus
 from lineament.explain.methods import METHODS, IntegratedGradients, Occlusion, Rollout, SmoothGrad
@@ -23,6 +26,7 @@ __all__ = [
     "RULES",
     "AlphaBeta",
     "Dynamic",
+    "Effects",
     "Epsilon",
     "Flat",
     "Gamma",
@@ -39,6 +43,7 @@ __all__ = [
     "ZPlus",
     "abpc",
     "coverage",
+    "effects",
     "flipping",
     "infidelity",
     "relevance",

@@ -26,8 +26,8 @@ def coverage(
         model, inputs, target, rules: as in `relevance`.
 
     Returns:
-        Rows with "operator", "count", "rule" (its function, or "none"), "covered" and "modules" (three, numbers as *), the
-        most frequent first. An operator let through by its gradient does not count as covered.
+        Rows with "operator", "count", "rule" (its function, or "none"), "covered" and "modules" (three, numbers as *),
+        the most frequent first. An operator let through by its gradient does not count as covered.
 
     Example:
         >>> import torch

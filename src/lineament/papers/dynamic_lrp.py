@@ -1,5 +1,7 @@
 """dynamic-lrp: relevance propagation on the operations of the autograd graph."""
 
+from typing import Any
+
 from .record import Figure, Paper
 
 RECORD = Paper(
@@ -10,7 +12,7 @@ RECORD = Paper(
     venue=None,
     arxiv="2512.07010",
     room=("explain", "graph"),
-    status="planned",
+    status="works",
     summary=(
         "Layer-wise relevance propagation with one rule per tensor operation instead of per module, so that "
         "about fifty rules cover any model without changing it. Activations that autograd did not save are "
@@ -38,3 +40,111 @@ RECORD = Paper(
     keywords=("relevance propagation", "lrp", "attribution", "autograd", "conservation", "explainability"),
     related=("relp", "linear-scope", "transcoders"),
 )
+
+RULE_SETS = ("attnlrp", "relp", "cp-lrp", "dynamic", "integrated-gradients", "gradient-x-input")
+SCALES = {  # seeds, steps of the language model, prompts, steps of the image model; "smoke": the mechanics only
+    "smoke": (1, 10, 8, 10), "small": (2, 1200, 100, 300), "full": (5, 1200, 400, 1000),
+}  # fmt: skip
+SYSTEM, BASELINE = "attnlrp", "gradient-x-input"
+AT_LEAST, AT_MOST = 0.9, 0.4  # of prompts with the answer's name on top, in the mean over seeds; fixed beforehand
+
+
+def experiment(scale: str = "small") -> Any:
+    """Name the words an answer comes from, flip pixels, and count covered nodes; return `report.Evidence`."""
+    import time
+
+    from lineament._base.errors import unknown
+    from lineament.report import Evidence
+
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    began, (seeds, *sizes) = time.perf_counter(), SCALES[scale]
+    found = [_words(seed, sizes[0], sizes[1]) for seed in range(seeds)]
+    first = {name: [row[name] for row in found] for name in found[0]}
+    mean = {name: sum(shares) / seeds for name, shares in first.items()}
+    rows: list[dict[str, Any]] = [
+        {"test": "answer's name on top", "rules": name, "share of prompts": mean[name], "seeds": first[name]}
+        for name in mean
+    ]
+    rows += _flips(sizes[2]) + _coverage()
+    held = mean[SYSTEM] >= AT_LEAST and mean[BASELINE] <= AT_MOST
+    return Evidence(
+        name=RECORD.slug, claim=RECORD.claim, rows=rows, passed=None if scale == "smoke" else held,
+        threshold=f"{SYSTEM} names the answer first in at least {AT_LEAST:.0%} of prompts, {BASELINE} in at most "
+        f"{AT_MOST:.0%}, in the mean over seeds",
+        seeds=list(range(seeds)), seconds=time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _words(seed: int, steps: int, count: int) -> dict[str, float]:
+    """Train on sentences with an indirect object; return the share of prompts whose answer's name comes first."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from lineament import explain, train
+    from lineament._base.seeds import seeded
+    from lineament.tasks.indirect_object import IndirectObject
+
+    language = IndirectObject(seed=seed)
+    shape: dict[str, Any] = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 16}
+    with seeded(seed):
+        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=language.vocab, **shape, **off))
+    config = train.FitConfig(steps=steps, lr=1e-3, warmup=min(50, steps), seed=seed)
+    train.fit(model, language.batches(128), lambda m, ids: (m(input_ids=ids, labels=ids).loss, {}), config)
+    held_out = language.prompts(count, batch=10**6)
+    with torch.no_grad():
+        right = model.eval()(held_out.ids).logits[:, -1].argmax(-1) == held_out.answer
+    found = {"model's accuracy": right.float().mean().item()}
+    for rules in RULE_SETS:
+        R = explain.relevance(model, {"input_ids": held_out.ids}, target=held_out.answer, rules=rules)
+        found[rules] = (R.inputs["input_ids"].argmax(1) == held_out.answer_at).float().mean().item()
+    return found
+
+
+def _flips(steps: int) -> list[dict[str, Any]]:
+    """Flip the pixels of digits by relevance; the order of methods depends on what is put in their place."""
+    import torch
+    from torch import nn
+
+    from lineament import data, explain, train
+    from lineament._base.errors import InputError
+    from lineament._base.seeds import generator, seeded
+
+    try:
+        known, unseen = (data.load_images("digits", split=split) for split in ("train", "test"))
+    except InputError as missing:
+        return [{"test": "flipping", "rules": f"not run: {missing}"}]
+    with seeded(0):
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
+        )  # fmt: skip
+    config, loss = train.FitConfig(steps=steps, lr=2e-3), nn.functional.cross_entropy
+    train.fit(model, data.image_batches(known, 128), lambda m, b: (loss(m(b[0]), b[1]), {}), config)
+    x, rows = unseen.pixels[:300], []
+    for rules in ("random", "gradient-x-input", "epsilon", "gamma", "integrated-gradients"):
+        R = torch.rand(x.shape, generator=generator(0))
+        R = R if rules == "random" else explain.relevance(model, x, rules=rules).inputs["input"]
+        area = {
+            key: explain.abpc(*explain.flipping(model, x, R[:, 0], steps=16, baseline=value))
+            for key, value in {"ABPC, flipped to 0": 0.0, "ABPC, to the mean": known.pixels.mean(0)}.items()
+        }
+        rows.append({"test": "flipping", "rules": rules} | area)
+    return rows
+
+
+def _coverage() -> list[dict[str, Any]]:
+    """Count the nodes with a rule of their own over every family of decoders, and the largest gap in a ledger."""
+    import torch
+
+    from lineament import explain, models
+
+    total, covered, worst, inputs = 0, 0, 0.0, {"input_ids": torch.arange(3, 15).view(2, 6)}
+    for family in models.ADAPTERS:
+        model = models.tiny_teacher(family)
+        rows = explain.coverage(model, inputs)
+        total, covered = total + sum(r["count"] for r in rows), covered + sum(r["count"] for r in rows if r["covered"])
+        worst = max(worst, explain.relevance(model, inputs).ledger.unaccounted)
+    return [{"test": f"coverage, {len(models.ADAPTERS)} families", "nodes": total, "with a rule": covered,
+             "largest gap in a ledger": worst}]  # fmt: skip

@@ -1,0 +1,82 @@
+"""What peers say, in a process and an environment of their own: no line of lineament is imported here.
+
+python benchmarks/explain_peer_side.py zennit|captum|lxt OUT.pt [LAYERS WIDTH LENGTH ...]
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from explain_models import Sum, image_model, language_model, seconds
+
+
+def zennit() -> dict[str, Any]:
+    from zennit import composites as c
+    from zennit.attribution import Gradient
+    from zennit.canonizers import SequentialMergeBatchNorm
+    from zennit.layer import Sum as PeerSum
+    from zennit.rules import Epsilon, Norm, Pass
+
+    made: dict[str, Callable[[Any], Any]] = {
+        "epsilon-plus": lambda x: c.EpsilonPlus(epsilon=1e-9, stabilizer=1e-9, canonizers=x),
+        "epsilon-plus-flat": lambda x: c.EpsilonPlusFlat(epsilon=1e-9, stabilizer=1e-9, canonizers=x),
+        "epsilon-alpha2-beta1": lambda x: c.EpsilonAlpha2Beta1(epsilon=1e-9, stabilizer=1e-9, canonizers=x),
+        "epsilon-gamma-box": lambda x: c.EpsilonGammaBox(-3.0, 3.0, epsilon=1e-9, stabilizer=1e-9, canonizers=x),
+        "epsilon": lambda x: c.LayerMapComposite(
+            [
+                (torch.nn.ReLU, Pass()), (PeerSum, Norm(stabilizer=1e-9)),
+                (torch.nn.AvgPool2d, Norm(stabilizer=1e-9)),
+                ((torch.nn.Conv2d, torch.nn.Linear), Epsilon(epsilon=1e-9)),
+            ],
+            canonizers=x,
+        ),
+    }  # fmt: skip
+    found: dict[str, Any] = {}
+    for name in ("vgg", "resnet"):
+        for rules, make in made.items():
+            model, x = image_model(name)
+            for module in list(model.modules()):
+                for key, child in module.named_children():
+                    if isinstance(child, Sum):
+                        setattr(module, key, PeerSum())
+            with Gradient(model=model, composite=make([SequentialMergeBatchNorm()])) as attributor:
+                _, R = attributor(x, lambda y: y * torch.nn.functional.one_hot(y.argmax(-1), y.shape[-1]))
+            found[f"{name}/{rules}"] = R.detach()
+    return found
+
+
+def captum() -> dict[str, Any]:
+    from captum.attr import LRP, IntegratedGradients, LayerConductance
+
+    model, x = image_model("vgg")
+    top = model(x).argmax(-1)
+    options: dict[str, Any] = {"target": top, "n_steps": 20, "method": "riemann_middle"}
+    return {
+        "lrp": LRP(model).attribute(x.clone(), target=top).detach(),
+        "integrated-gradients": IntegratedGradients(model).attribute(x, baselines=0.0, **options).detach(),
+        "conductance": LayerConductance(model, model[7]).attribute(x, baselines=0.0, **options).detach(),
+    }
+
+
+def lxt(*shape: int) -> dict[str, Any]:
+    import transformers.models.llama.modeling_llama as llama
+    from lxt.efficient import monkey_patch
+
+    monkey_patch(llama, verbose=False)
+    model, ids = language_model(*shape)
+    model.requires_grad_(False)
+
+    def run() -> torch.Tensor:
+        x = model.get_input_embeddings()(ids).requires_grad_()
+        model(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits[0, -1].max().backward()
+        return (x.grad * x).sum(-1).detach()
+
+    return {"relevance": run(), "seconds": seconds(run)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    peer, out, *rest = sys.argv[1:]
+    torch.save({"zennit": zennit, "captum": captum, "lxt": lxt}[peer](*map(int, rest)), out)

@@ -1,0 +1,141 @@
+"""Patching and its estimates."""
+
+import pytest
+import torch
+from tiny_families import ids, make
+from torch import nn
+
+from lineament import explain
+from lineament.explain.relevance import propagate
+from lineament.explain.rules import GRADIENT, RELP
+
+MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+def llama():
+    model = make("llama", torch.float64)[0]
+    return model, {"input_ids": ids(6)}, {"input_ids": (ids(6) + 7) % 58 + 3}
+
+
+def difference(output):
+    return output.logits[:, -1, 5] - output.logits[:, -1, 9]
+
+
+class Bilinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
+
+    def forward(self, x):
+        return self.second(self.first(x).cumsum(1))
+
+
+@pytest.mark.parametrize("method", ["attribution", "relp", "integrated-gradients"])
+def test_every_estimate_is_exact_on_a_linear_model(method):
+    model, x, y = Bilinear(), torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    sites = ["first", "second:input"]
+    scores = [
+        explain.effects(model, x, y, lambda out: out[:, -1, 1], sites, method=m).scores for m in ("patch", method)
+    ]
+    for site in sites:
+        torch.testing.assert_close(scores[0][site], scores[1][site], rtol=1e-4, atol=1e-5)
+
+
+def test_patching_the_whole_last_residual_is_the_whole_difference():
+    model, clean, corrupt = llama()
+    found = explain.effects(model, clean, corrupt, difference, "model.layers.1", method="patch").scores[
+        "model.layers.1"
+    ]
+    with torch.no_grad():
+        whole = difference(model(**clean)) - difference(model(**corrupt))
+    torch.testing.assert_close(found[:, -1], whole)
+    assert bool((found[:, :-1].abs() < 1e-12).all())  # the last position alone is read
+
+
+def test_no_rules_are_the_gradient():
+    model, _, inputs = llama()
+    run = propagate(
+        model, inputs, target=difference, rules=GRADIENT, at=["model.layers.0"], counting=False, coefficients_only=True
+    )
+    kept = []
+    hook = model.model.layers[0].register_forward_hook(lambda m, a, out: kept.append(out))
+    value = difference(model(**inputs)).sum()
+    hook.remove()
+    (slope,) = torch.autograd.grad(value, kept[0])
+    torch.testing.assert_close(run.sweep.at["model.layers.0"][0], slope, rtol=1e-6, atol=1e-6)
+
+
+def test_coefficients_are_the_gradient_of_a_model_rewritten_by_hand(monkeypatch):
+    """The rules say: norm scales constant, phi(x) / x constant, a gate's factors half each."""
+    from transformers.models.llama import modeling_llama as code
+
+    model, _, inputs = llama()
+    sites = ["model.layers.0.mlp", "model.layers.0"]
+    run = propagate(model, inputs, target=difference, rules=RELP, at=sites, counting=False, coefficients_only=True)
+
+    def norm(self, x):
+        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt().detach()
+
+    def mlp(self, x):
+        a = self.gate_proj(x)
+        product = a * (nn.functional.silu(a) / a).detach() * self.up_proj(x)
+        return self.down_proj(product / 2 + (product / 2).detach())
+
+    monkeypatch.setattr(code.LlamaRMSNorm, "forward", norm)
+    monkeypatch.setattr(code.LlamaMLP, "forward", mlp)
+    kept = []
+    hooks = [model.get_submodule(s).register_forward_hook(lambda m, a, out: kept.append(out)) for s in sites]
+    value = difference(model(**inputs)).sum()
+    for hook in hooks:
+        hook.remove()
+    for site, slope in zip(sites, torch.autograd.grad(value, kept), strict=True):
+        torch.testing.assert_close(run.sweep.at[site][0], slope, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_of_a_layer_add_up_and_names_of_transformerlens_are_understood():
+    model, clean, corrupt = llama()
+    ours = "model.layers.1.self_attn.o_proj:input"
+    by_head = explain.effects(model, clean, corrupt, difference, "blocks.1.attn.hook_z", heads=4).scores[ours]
+    assert by_head.shape == (2, 6, 4)
+    whole = explain.effects(model, clean, corrupt, difference, ours).scores[ours]
+    torch.testing.assert_close(by_head.sum(-1), whole)
+    patched = explain.effects(model, clean, corrupt, difference, ours, method="patch", heads=4, rows=7).scores[ours]
+    assert patched.shape == (2, 6, 4)
+    with pytest.raises(ValueError, match="known: blocks"):
+        explain.effects(model, clean, corrupt, difference, "blocks.1.hook_zz")
+
+
+def test_ablations_take_a_part_away_from_the_clean_run():
+    model, clean, corrupt = llama()
+    found = {
+        m: explain.effects(model, clean, corrupt, difference, MLPS, method=m) for m in ("zero", "mean", "resample")
+    }
+    hook = model.model.layers[0].mlp.register_forward_hook(
+        lambda m, a, out: out * torch.tensor([0.0] + [1.0] * 5)[:, None]
+    )
+    with torch.no_grad():
+        without = difference(model(**clean))
+        hook.remove()
+        expected = without - difference(model(**clean))
+    torch.testing.assert_close(found["zero"].scores[MLPS[0]][:, 0], expected)
+    assert all(e.scores[MLPS[1]].shape == (2, 6) for e in found.values())
+    assert found["zero"].pearson(found["zero"]) == pytest.approx(1.0)
+
+
+def test_direct_effects_of_the_last_mlp_are_those_of_relp():
+    model, clean, corrupt = llama()
+    direct = explain.effects(model, clean, corrupt, difference, MLPS, method="direct").scores
+    relp = explain.effects(model, clean, corrupt, difference, MLPS, method="relp").scores
+    torch.testing.assert_close(direct[MLPS[1]], relp[MLPS[1]])
+    assert (direct[MLPS[0]] - relp[MLPS[0]]).abs().max() > 1e-3
+
+
+def test_wrong_pairs_and_names_are_refused():
+    model, clean, _ = llama()
+    with pytest.raises(ValueError, match="pair prompts of equal length"):
+        explain.effects(model, clean, {"input_ids": ids(5)}, difference, MLPS)
+    with pytest.raises(ValueError, match="Did you mean 'relp'"):
+        explain.effects(model, clean, clean, difference, MLPS, method="rlp")
+    with pytest.raises(ValueError, match="no module is called 'mlp'"):
+        explain.effects(model, clean, clean, difference, "mlp")
