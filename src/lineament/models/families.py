@@ -15,6 +15,7 @@ from lineament._base.errors import InputError, unknown
 from lineament.models.decoder import DecoderConfig, DecoderForCausalLM, fill
 from lineament.nn import BUILDERS, LAYERS, MixerConfig, Slots
 from lineament.nn.build import options_of
+from lineament.nn.mlp import GATED
 
 SOFTMAX = "softmax-window"  # the kind of a layer whose heads are all full; its window is never built
 Ratio = str | Sequence[int] | Sequence[str]
@@ -237,19 +238,18 @@ def match_parameters(config: DecoderConfig, target: int | DecoderConfig, *, tole
     wanted = target if isinstance(target, int) else parameters(target)
     if not config.intermediate_size:
         raise InputError("this family has no MLP to widen; change its depth or width instead")
-    one, two = (parameters(_with_mlp(config, hidden)) for hidden in (8, 16))
-    hidden = 8 + round((wanted - one) * 8 / (two - one))
+    here = config.intermediate_size
+    matrices = 3 if config.mlp in GATED else 2
+    each = matrices * config.hidden_size * config.num_hidden_layers  # parameters per channel of the MLP
+    rest = parameters(config) - each * here
+    hidden = round((wanted - rest) / each)
     if hidden < 1:
-        raise InputError(
-            f"the mixers alone have more than {wanted:,} parameters ({one:,} with an MLP of 8); take fewer heads"
-        )
-    found = _with_mlp(config, 8 * round(hidden / 8) or hidden)
-    if abs(parameters(found) - wanted) > tolerance * wanted:
-        found = _with_mlp(config, hidden)
-    off = abs(parameters(found) - wanted) / wanted
-    if off > tolerance:
-        raise InputError(f"the nearest MLP width, {hidden}, still differs by {off:.1%} from {wanted:,} parameters")
-    return found
+        raise InputError(f"the mixers alone have {rest:,} parameters, and {wanted:,} are wanted; take fewer heads")
+    for found in (8 * round(hidden / 8), hidden):  # a multiple of 8 where that is near enough
+        if found and abs(rest + each * found - wanted) <= tolerance * wanted:
+            return _with_mlp(config, found)
+    off = abs(rest + each * hidden - wanted) / wanted
+    raise InputError(f"the nearest MLP width, {hidden}, still differs by {off:.1%} from {wanted:,} parameters")
 
 
 def _with_mlp(config: DecoderConfig, hidden: int) -> DecoderConfig:

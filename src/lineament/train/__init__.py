@@ -1,7 +1,8 @@
-"""One training loop, on Accelerate: resumable to the bit, logged as JSON lines, saved whole or not at all."""
+"""One training loop, on Accelerate: resumable to the bit, logged as JSON lines, saved whole or not at all; sweeps."""
 
 from lineament.train.config import OPTIMIZERS, SCHEDULES, FitConfig
 from lineament.train.kar3 import Kar3
 from lineament.train.loop import Fitted, TrainingError, fit
+from lineament.train.sweep import SweepError, sweep
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "FitConfig", "Fitted", "Kar3", "TrainingError", "fit"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "FitConfig", "Fitted", "Kar3", "SweepError", "TrainingError", "fit", "sweep"]
