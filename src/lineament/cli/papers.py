@@ -55,17 +55,24 @@ def reproduce(
     slug: Annotated[str, typer.Argument(help="A paper, as `lineament papers` lists them.")],
     scale: Annotated[str, typer.Option(help="small (at most 300 s on 2 cores), full or study.")] = "small",
     html: Annotated[Path | None, typer.Option(help="Write a one-file report here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep runs here and go on from them (studies).")] = None,
+    only: Annotated[str | None, typer.Option(help="Run a part: a glob over the names of runs (studies).")] = None,
+    workers: Annotated[int, typer.Option(help="Runs at a time on this machine (studies).")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: its address, or 'auto' (studies).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a paper's experiment: system beside baseline, against a threshold fixed beforehand.
 
-    Exit code 1 says that the claim did not hold at this scale. Example: lineament reproduce hedgehog
+    Exit code 1 says that the claim did not hold at this scale. Example: lineament reproduce hedgehog. A study, in
+    parts: lineament reproduce hybrid-linear-attention --scale study --only "study-*" --out study --workers 2
     """
     from lineament import papers as catalogue
     from lineament.cli.messages import print_json, show
     from lineament.report import page
 
-    evidence = catalogue.experiment(slug)(scale)
+    asked = {"out": out and str(out), "only": only, "workers": workers if workers != 1 else None, "ray": ray}
+    options = {name: value for name, value in asked.items() if value is not None}
+    evidence = catalogue.experiment(slug, **options)(scale, **options)
     if html is not None:
         page(catalogue.record(slug).title, [evidence], html)
     if json:

@@ -7,6 +7,7 @@ Reading records costs milliseconds and never loads torch. Each paper is one file
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from types import ModuleType
 from typing import Any
 from unicodedata import combining, normalize
@@ -102,14 +103,15 @@ def search(text: str) -> list[Paper]:
     return [paper for paper, weights in sorted(found, key=lambda hit: -sum(hit[1]))]
 
 
-def experiment(slug: str) -> Callable[..., Any]:
+def experiment(slug: str, **options: Any) -> Callable[..., Any]:
     """Return the function `experiment(scale) -> Evidence` of one paper.
 
     Args:
         slug: a key of `MODULES`.
+        options: what it will be called with beside the scale; studies take `out`, `only`, `workers` and `ray`.
 
     Raises:
-        ValueError: no paper has this slug.
+        ValueError: no paper has this slug, or its experiment doesn't take an option.
         NotImplementedError: the system is planned and has no experiment yet.
     """
     run = getattr(_module(slug), "experiment", None)
@@ -118,6 +120,10 @@ def experiment(slug: str) -> Callable[..., Any]:
             f"the system of {slug!r} is planned: its record is here, its experiment is not yet. "
             "`lineament papers` lists the ones that run."
         )
+    taken = signature(run).parameters
+    for name in options:
+        if name not in taken:
+            raise InputError(f"the experiment of {slug!r} takes no {name}; it is one run, not a study")
     return run
 
 
