@@ -1,0 +1,193 @@
+"""Time whole decoders made from scratch, pure and 3:1, beside softmax of the same size: prefill and one decoded token.
+
+    python benchmarks/decoders.py --quick          # 1k and 2k
+    python benchmarks/decoders.py --json benchmarks/results/decoders.json --plot benchmarks/results
+    python benchmarks/decoders.py --layers 4 --width 96 --heads 3 --key-heads 3 --contexts 256 512   # to try it out
+
+The shape is SmolLM2-135M's (30 layers, width 576, 9 and 3 heads), weights are random, arms have equal parameters.
+Softmax is transformers' Llama and ours, whichever is faster. Medians up to 16k, once at 32k; 64k is extrapolated and
+says so: t = bT + cT^2 for prefill, a + bT for a decoded token, from the two longest measured. "free" is the ceiling:
+the same model with mixers that cost nothing.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lineament.models import DecoderForCausalLM, decoder_config, match_parameters
+from lineament.report import curve, machine
+from lineament.tasks.cost import decode_speed, prefill_speed
+
+MIXERS = ("gated-deltanet", "kda", "lightning", "gla")
+CONTEXTS = (1024, 2048, 4096, 8192, 16384)
+ONCE, EXTRAPOLATED = 32768, 65536
+
+
+class FreeHeads(nn.Module):
+    """Heads that hand on the values: what is left is everything else in the model."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None, **_: Any) -> tuple[Tensor, Any]:
+        groups = max(q.shape[2] // v.shape[2], 1)
+        return v[:, :, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3), state
+
+
+def freed(model: nn.Module) -> nn.Module:
+    """Return the model, on the same weights, with its linear heads free; softmax layers stay."""
+    same = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    other: Any = copy.deepcopy(model, same)
+    for block in other.model.layers:
+        if len(block.mixer.config.full_heads) < block.mixer.config.key_heads:
+            block.mixer.heads = FreeHeads()
+    return other
+
+
+def softmax_models(shape: dict[str, Any]) -> dict[str, Any]:
+    """Return transformers' Llama and ours."""
+    ours = decoder_config("llama", tie_word_embeddings=True, **shape)
+    theirs = LlamaConfig(
+        vocab_size=shape["vocab_size"], hidden_size=shape["width"], num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"], num_key_value_heads=shape["key_heads"], tie_word_embeddings=True,
+        intermediate_size=ours.intermediate_size, max_position_embeddings=2 * EXTRAPOLATED,
+    )  # fmt: skip
+    return {"softmax, transformers": LlamaForCausalLM(theirs), "softmax": DecoderForCausalLM(ours)}
+
+
+def models_of(mixer: str, shape: dict[str, Any]) -> dict[str, nn.Module]:
+    """Return softmax, the mixer pure and 3:1, and both with free mixers."""
+    made = softmax_models(shape)
+    for ratio in ("pure", "3:1"):
+        config = decoder_config(mixer, ratio=ratio, tie_word_embeddings=True, **shape)
+        model = DecoderForCausalLM(match_parameters(config, made["softmax"].config))
+        made |= {ratio: model, f"{ratio}, free": freed(model)}
+    return {name: model.eval() for name, model in made.items()}
+
+
+def measure(models: dict[str, nn.Module], what: str, context: int, once: bool) -> dict[str, float]:
+    """Return median seconds by model."""
+    if what == "prefill":
+        speeds = prefill_speed(models, context, repeats=1 if once else 3, warmup=0 if once else 1)
+    else:
+        speeds = decode_speed(models, context, tokens=4 if once else 16, static=False)
+    return {name: speed.median for name, speed in speeds.items()}
+
+
+def extrapolated(what: str, times: dict[int, float], context: int) -> float:
+    """Return seconds at a longer context from the two longest measured."""
+    (x, s), (y, t) = sorted(times.items())[-2:]
+    if what == "prefill":
+        square = (t / y - s / x) / (y - x)
+        return (s / x - square * x) * context + square * context**2
+    slope = (t - s) / (y - x)
+    return t + slope * (context - y)
+
+
+def crossover(softmax: dict[int, float], arm: dict[int, float]) -> float | None:
+    """Return the length from which on an arm is faster, between measurements by their logs; None if it never is.
+
+    An arm that is faster everywhere gives the shortest context (read: there or below).
+    """
+    ratios = [(math.log(c), math.log(arm[c] / softmax[c])) for c in sorted(arm)]
+    if ratios[-1][1] > 0:
+        return None
+    for (x, a), (y, b) in reversed(list(pairwise(ratios))):
+        if a > 0 >= b:
+            return math.exp(x + (y - x) * a / (a - b))
+    return math.exp(ratios[0][0])
+
+
+def rows_of(mixer: str, shape: dict[str, Any], contexts: list[int], once: int | None) -> list[dict[str, Any]]:
+    """Measure one mixer's arms; a row per measure and context, and one per crossover."""
+    models, found = models_of(mixer, shape), []
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    for what in ("prefill", "decode"):
+        times: dict[str, dict[int, float]] = {name: {} for name in models}
+        for context in [*contexts, *([once] if once else [])]:
+            for name, seconds in measure(models, what, context, context == once).items():
+                times[name][context] = seconds
+        measured = len(contexts) + bool(once)
+        if once and measured > 1:
+            for of in times.values():
+                of[EXTRAPOLATED] = extrapolated(what, of, EXTRAPOLATED)
+        softmax = {c: min(times["softmax"][c], times["softmax, transformers"][c]) for c in times["softmax"]}
+        for context, base in softmax.items():
+            kind = {once: "once", EXTRAPOLATED: "extrapolated" if once else "median"}.get(context, "median")
+            found.append({
+                "mixer": mixer, "measure": what, "context": context, "kind": kind, "softmax_ms": 1e3 * base,
+                **{f"{name}_ms": 1e3 * of[context] for name, of in times.items()},
+            })  # fmt: skip
+        found.append({
+            "mixer": mixer, "measure": f"{what} crossover", "parameters": sizes,
+            **{name: crossover(softmax, times[name]) for name in ("pure", "3:1", "pure, free", "3:1, free")},
+        })  # fmt: skip
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Lay the rows out."""
+    shown = Table("mixer", "measure", "tokens", "softmax ms", "pure ms", "3:1 ms", "pure, free", "3:1, free", "kind")
+    for row in rows:
+        if "crossover" in row["measure"]:
+            cells = ["none" if row[n] is None else f"{row[n]:.0f}" for n in ("pure", "3:1", "pure, free", "3:1, free")]
+            shown.add_row(row["mixer"], row["measure"], "", "", *cells, "tokens")
+        else:
+            cells = [f"{row[f'{n}_ms']:.1f}" for n in ("softmax", "pure", "3:1", "pure, free", "3:1, free")]
+            shown.add_row(row["mixer"], row["measure"], str(row["context"]), *cells, row["kind"])
+    return shown
+
+
+def plot(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Draw how many times faster than softmax each arm is, one PNG per measure; extrapolated points are left out."""
+    for what in ("prefill", "decode"):
+        lines: dict[str, tuple[list[float], list[float]]] = {}
+        for row in rows:
+            if row["measure"] == what and row["kind"] != "extrapolated":
+                for name in ("pure", "3:1"):
+                    line = lines.setdefault(f"{row['mixer']} {name}", ([], []))
+                    line[0].append(row["context"])
+                    line[1].append(row["softmax_ms"] / row[f"{name}_ms"])
+        png = curve(lines, xlabel="context (tokens)", ylabel=f"{what}, times faster than softmax", log="xy",
+                    levels={"softmax": 1.0})  # fmt: skip
+        (folder / f"decoders-{what}.png").write_bytes(png)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixers", nargs="*", default=list(MIXERS), help="families of lineament.models.FAMILIES")
+    for name, default in (("layers", 30), ("width", 576), ("heads", 9), ("key-heads", 3), ("vocab", 49152)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--contexts", nargs="*", type=int, help="tokens, in place of 1k to 16k (no 32k and 64k then)")
+    parser.add_argument("--quick", action="store_true", help="1k and 2k only")
+    parser.add_argument("--json", type=Path, help="write the rows and the machine's description here")
+    parser.add_argument("--plot", type=Path, help="folder for two plots")
+    chosen = parser.parse_args()
+    shape = {
+        "vocab_size": chosen.vocab, "width": chosen.width, "layers": chosen.layers, "heads": chosen.heads,
+        "key_heads": chosen.key_heads,
+    }  # fmt: skip
+    contexts: list[int] = chosen.contexts or [*(CONTEXTS[:2] if chosen.quick else CONTEXTS)]
+    once = None if chosen.contexts or chosen.quick else ONCE
+    began, rows = time.perf_counter(), []
+    console = Console(width=140)
+    for mixer in chosen.mixers:
+        rows += rows_of(mixer, shape, contexts, once)
+        console.print(table([row for row in rows if row["mixer"] == mixer]))
+    console.print(json.dumps(machine()), f"{time.perf_counter() - began:.0f} s")
+    if chosen.json:
+        result = {"machine": machine(), "shape": shape, "rows": rows}
+        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if chosen.plot:
+        plot(rows, chosen.plot)
+
+
+if __name__ == "__main__":
+    main()
