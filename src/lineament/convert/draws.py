@@ -1,18 +1,15 @@
 """What a conversion trains on, drawn by step number: the pool of transfer, the batches of distillation."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lineament.convert import distil as distillation
-
-if TYPE_CHECKING:
-    from lineament.convert.stages import Job
+from lineament.convert.job import Job
 
 
-def pool_windows(job: "Job") -> tuple[list[Tensor], list[Tensor]]:
+def pool_windows(job: Job) -> tuple[list[Tensor], list[Tensor]]:
     """Return the windows of the transfer pool, training text and a share of retrieval prompts, and their answers."""
     plan = job.plan
     length = max(plan.transfer_lengths)
@@ -26,7 +23,7 @@ def pool_windows(job: "Job") -> tuple[list[Tensor], list[Tensor]]:
     return [windows[one] for one in order], [answers[one] for one in order]
 
 
-def draws(job: "Job", lengths: Sequence[int], offset: int = 0) -> distillation.Batches:
+def draws(job: Job, lengths: Sequence[int], offset: int = 0) -> distillation.Batches:
     """Return the batches of distillation by step number."""
     prompts = job.prompts("train") if job.plan.distil_retrieval else None
     return distillation.batches(job.plan, job.corpus("train"), prompts, lengths, offset=offset)

@@ -7,23 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from torch import nn
 
 from lineament import io
 from lineament._base.errors import InputError
 from lineament.convert import stages
 from lineament.convert.check import require_fit
 from lineament.convert.folders import load, look
-from lineament.convert.inherit import mixer_configs
-from lineament.convert.parts import parts
+from lineament.convert.job import Job
 from lineament.convert.plan import Plan
 from lineament.convert.plans import plan as plan_named
 from lineament.convert.precision import denormals_flushed
 from lineament.convert.progress import Progress
-from lineament.convert.select import DamageTable, Heads
-from lineament.convert.stages import Job
 from lineament.convert.text import load_documents
-from lineament.models.student import build_student
 from lineament.report import Evidence
 
 SCRATCH = "work"
@@ -82,20 +77,13 @@ def convert_in(job: Job, partial: Path, work: Path, progress: Progress) -> Evide
     job = stages.settled(job, work)
     table = stages.damage(job, work, progress)
     full = stages.kept(job, table)
-    student = _begun(job, full, table, work, progress)
+    student = stages.inherit(job, full, table, work, progress)
     job = replace(job, plan=stages.resolved(job, student, work, progress))
     stages.transfer_all(job, student, work, progress)
     student = stages.distil_all(job, student, work, progress)
     evidence = stages.evaluation(job, student, full, work, progress)
     stages.save(job, student, full, table, evidence, partial, progress)
     return evidence
-
-
-def _begun(job: Job, full: Heads, table: DamageTable | None, work: Path, progress: Progress) -> nn.Module:
-    """Return the student to train; one without any mixer when every head stays softmax: nothing to inherit there."""
-    if mixer_configs(job.plan, parts(job.teacher).shapes, full):
-        return stages.inherit(job, full, table, work, progress)
-    return build_student(job.teacher, {}).eval()
 
 
 def _same_plan(path: Path, plan: Plan, model: str) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,66 +21,16 @@ from lineament.convert.card import licence_of, model_card
 from lineament.convert.draws import draws, pool_windows
 from lineament.convert.evaluate import evaluate
 from lineament.convert.inherit import calibrate, mixer_configs
-from lineament.convert.inspect import ModelInfo
+from lineament.convert.job import Job
 from lineament.convert.parts import Parts, converted, lora_targets, parts, teacher_digest
 from lineament.convert.plan import Plan
 from lineament.convert.precision import autocast, resolve
 from lineament.convert.progress import Progress
-from lineament.convert.prompts import MakePrompts, prompt_maker
 from lineament.convert.select import DamageTable, Heads
-from lineament.convert.text import Corpus, Documents, flat, make_corpus, require_length
 from lineament.convert.thresholds import bar_of
 from lineament.convert.warm_up import measure_timing
 from lineament.models.student import build_student
 from lineament.report import Evidence
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One conversion: the plan and everything it works on.
-
-    Args:
-        documents: {"train", "place", "test": {name: texts}}. name: the teacher's name as the user gave it.
-    """
-
-    plan: Plan
-    info: ModelInfo
-    teacher: nn.Module
-    tokenizer: Any
-    documents: Documents
-    name: str
-    _corpora: dict[str, Corpus] = field(default_factory=dict, repr=False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the teacher is."""
-        return next(self.teacher.parameters()).device
-
-    @property
-    def precision(self) -> str:
-        """The plan's precision with "auto" decided."""
-        return resolve(self.plan.precision, self.device)
-
-    def corpus(self, split: str) -> Corpus:
-        """Return the tokenised documents of a split."""
-        if split not in self._corpora:
-            self._corpora[split] = make_corpus(self.documents[split], self.tokenizer, self.plan.seed)
-        return self._corpora[split]
-
-    def prompts(self, split: str) -> MakePrompts:
-        """Return the maker of retrieval prompts of a split ("train" or "place")."""
-        return prompt_maker(
-            self.tokenizer, flat(self.documents[split]), split, window=self.plan.window, seed=self.plan.seed
-        )
-
-    def require_text(self) -> None:
-        """Check that the text is long enough for every batch of the plan."""
-        plan = self.plan
-        lengths = [*plan.transfer_lengths] * bool(plan.transfer_steps)
-        lengths += [*plan.distil_lengths] * (plan.distil != "none")
-        lengths += [*plan.extend_lengths] * bool(plan.extend_steps)
-        if lengths:
-            require_length(self.corpus("train"), max(lengths))
 
 
 def is_main() -> bool:
@@ -189,7 +139,12 @@ def kept(job: Job, table: DamageTable | None) -> Heads:
 
 
 def inherit(job: Job, full: Heads, table: DamageTable | None, work: Path, progress: Progress) -> nn.Module:
-    """Build the student and set its codes and gates from calibration text; the second time, read them back."""
+    """Build the student and set its codes and gates from calibration text; the second time, read them back.
+
+    One without any mixer, when every head stays softmax, has nothing to inherit.
+    """
+    if not mixer_configs(job.plan, parts(job.teacher).shapes, full):
+        return build_student(job.teacher, {}).eval()
     progress.stage("inherit", f"{job.plan.mixer} in place of softmax")
     found, plan, path = parts(job.teacher), job.plan, work / "inherit.safetensors"
     codes = select.allotted_codes(plan, found.shapes, full, table) if plan.state_share and table else None

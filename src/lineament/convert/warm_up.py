@@ -1,6 +1,6 @@
 """How long the steps of a conversion take on this machine, measured before a budget is turned into step counts."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -8,22 +8,20 @@ from lineament.convert import distil as distillation
 from lineament.convert import transfer as transferring
 from lineament.convert.budget import Timing, lengths_in_turn, seconds_per_step
 from lineament.convert.draws import draws, pool_windows
+from lineament.convert.job import Job
 from lineament.convert.parts import converted, lora_targets, parts
 from lineament.convert.precision import autocast
 from lineament.convert.progress import Clock
 from lineament.convert.transfer import LayerPool
 
-if TYPE_CHECKING:
-    from lineament.convert.stages import Job
 
-
-def measure_timing(job: "Job", student: nn.Module) -> Timing:
+def measure_timing(job: Job, student: nn.Module) -> Timing:
     """Time the pool, one transfer step of all layers and one distillation step; no weight changes."""
     pool, step = transfer_seconds(job, student)
     return Timing(pool=pool, transfer_step=step, distil_step=distil_seconds(job, student))
 
 
-def transfer_seconds(job: "Job", student: nn.Module) -> tuple[float, float]:
+def transfer_seconds(job: Job, student: nn.Module) -> tuple[float, float]:
     """Return the seconds that the pool takes, and those of one step of every layer (each kind of layer timed once)."""
     plan, found = job.plan, parts(job.teacher)
     fillings = {m.layer: m.filling for m in converted(student).values() if list(m.filling.parameters())}
@@ -59,7 +57,7 @@ def _some_heads(pool: LayerPool, heads: int) -> LayerPool:
     return LayerPool(q, k, v, target, pool.x)
 
 
-def distil_seconds(job: "Job", student: nn.Module) -> float:
+def distil_seconds(job: Job, student: nn.Module) -> float:
     """Return the seconds of one distillation step, the teacher's pass included."""
     plan = job.plan
     if plan.distil == "none" or not plan.distil_steps:
