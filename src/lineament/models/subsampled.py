@@ -47,6 +47,8 @@ def attend_subsampled(
     Returns:
         [B, T, Hq, V] and None. Dropout of weights is left out while subsampling, which takes its place.
     """
+    if not hasattr(module, "config"):
+        raise InputError(f"{type(module).__name__} keeps no config, where the subsampling would be found")
     options = dict(getattr(module.config, FIELD, None) or {})
     when = options.pop("when", "training")
     if when == "never" or (when == "training" and not module.training):
