@@ -2,6 +2,8 @@
 
 Prints the largest files, functions and sibling overlaps, and exits with 1 when one is over its stop:
 a file of 500 lines, a function of 60 (a kernel or its tile loop 120), a paper of 150, a sibling overlap of .5.
+A published mixer costs its head mixer (class, and what of the same file it needs) and its row in `nn/layers.py`; the
+median over all rows stops at 60.
 
     python scripts/ledger.py
 """
@@ -11,9 +13,11 @@ import sys
 from difflib import SequenceMatcher
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "lineament"
 FILE_STOP, FUNCTION_STOP, KERNEL_STOP, PAPER_STOP, OVERLAP_STOP = 500, 60, 120, 150, 0.5
+MIXER_STOP = 60  # of the median
 KERNEL_FILES = ("triton_", "chunked")  # bodies that read as one tile, top to bottom
 
 
@@ -63,6 +67,48 @@ def siblings(files: dict[Path, int]) -> list[tuple[float, str]]:
     return sorted(scored, reverse=True)
 
 
+def lines_of(node: ast.AST) -> int:
+    return node.end_lineno - node.lineno + 1  # type: ignore[attr-defined]
+
+
+def table(path: Path, name: str) -> dict[str, ast.expr]:
+    """Return the entries of a module's dict literal whose keys are strings."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == name:
+            assert isinstance(node.value, ast.Dict)
+            pairs = zip(node.value.keys, node.value.values, strict=True)
+            return {key.value: value for key, value in pairs if isinstance(key, ast.Constant)}
+    raise SystemExit(f"{path} has no table {name}")
+
+
+def mixers() -> dict[str, int]:
+    """Return what every published mixer costs: the lines of its head mixer and of its row."""
+    room = SOURCE / "nn"
+    kinds = table(room / "build.py", "BUILDERS") | table(room / "build.py", "PUBLISHED")
+    owner = {kind: next(n.id for n in ast.walk(made) if isinstance(n, ast.Name) and n.id != "partial")
+             for kind, made in kinds.items()}  # fmt: skip
+    homes = [ast.parse(path.read_text(encoding="utf-8")).body for path in room.glob("*.py")]
+    costs = {}
+    for name, row in table(room / "layers.py", "LAYERS").items():
+        given = {word.arg: word.value for word in row.keywords}  # type: ignore[attr-defined]
+        kind = owner.get(given["kind"].value, "LinearHeads")  # a feature map's name is built in a comprehension
+        body = next(body for body in homes if any(getattr(n, "name", "") == kind for n in body))
+        costs[name] = lines_of(row) + sum(lines_of(n) for n in needed(body, kind))
+    return costs
+
+
+def needed(body: list[ast.stmt], name: str) -> list[ast.stmt]:
+    """Return a definition of a file and all of that file's that it mentions, over any number of steps."""
+    defined = {n.name: n for n in body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    found, todo = {}, [name]
+    while todo:
+        one = todo.pop()
+        if one in defined and one not in found:
+            found[one] = defined[one]
+            todo += [n.id for n in ast.walk(defined[one]) if isinstance(n, ast.Name)]
+    return list(found.values())
+
+
 def main() -> int:
     files = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in sorted(SOURCE.rglob("*.py"))}
     total = sum(files.values())
@@ -77,9 +123,14 @@ def main() -> int:
     pairs = siblings(files)
     for score, names in pairs[:5]:
         print(f"  overlap {score:.2f} {names}")
+    costs = mixers()
+    worst = max(costs, key=lambda name: costs[name])
+    print(f"  mixers: {len(costs)} rows, median {median(costs.values()):g} lines, worst {costs[worst]} ({worst})")
     problems = over_the_stop(files) + [
         f"overlap {s:.2f} {n}, stop {OVERLAP_STOP}" for s, n in pairs if s > OVERLAP_STOP
     ]
+    if median(costs.values()) > MIXER_STOP:
+        problems.append(f"mixers: median {median(costs.values()):g} lines, stop {MIXER_STOP}")
     for problem in problems:
         print(f"OVER {problem}")
     return 1 if problems else 0

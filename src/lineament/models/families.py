@@ -83,6 +83,8 @@ def _of(name: str, **block: Any) -> Family:
 FAMILIES: dict[str, Family] = {
     "llama": _of("softmax"),
     "retnet": _of("retnet", head_width=256, mlp="gelu", mlp_share=2.0, norm="layer"),
+    "transnormer-t1": _of("norm-attention", norm="simple-rms"),
+    "transnormer-t2": _of("norm-attention-t2", norm="simple-rms"),
     "transnormer": _of("lightning", mlp="sglu", norm="simple-rms"),
     "lightning": _of("lightning"),
     "gla": _of("gla", head_width=256),

@@ -20,17 +20,25 @@ class DeltaRule(Recurrent):
         decay: "none" (DeltaNet, arXiv:2406.06484), "head" (Gated DeltaNet, arXiv:2412.06464; f = W x) or "channel"
             (KDA, arXiv:2510.26692; f of rank K).
         negative: beta up to 2, so that a step may turn its key's direction round (arXiv:2411.12537).
+        erase: False leaves the erasing out, a control: the same layer with a memory that only adds.
         floor: use the gate `floor sigma(e^A (f + bias))` (KDA's safe gate has -5); None for the one above.
     """
 
     def __init__(
-        self, config: MixerConfig, *, decay: str = "none", negative: bool = False, floor: float | None = None
+        self,
+        config: MixerConfig,
+        *,
+        decay: str = "none",
+        negative: bool = False,
+        erase: bool = True,
+        floor: float | None = None,
     ) -> None:
         super().__init__(config)
         if decay not in DECAYS:
             raise unknown("decay", decay, DECAYS)
         D, K, heads = config.model_width, config.key_width, config.states
-        self.channels, self.floor, self.strongest = decay == "channel", floor, 2.0 if negative else 1.0
+        self.channels, self.floor, self.erase = decay == "channel", floor, erase
+        self.strongest = 2.0 if negative else 1.0
         self.strength = nn.Linear(D, heads, bias=False)
         self.decay = self.rate = self.bias = None
         if decay != "none":
@@ -53,9 +61,14 @@ class DeltaRule(Recurrent):
         """Gate by x."""
         beta = self.strongest * widened(self.strength(x)).sigmoid()
         if self.decay is None or self.rate is None or self.bias is None:
-            return Terms(q, k, v, None, beta)
+            return self._written(Terms(q, k, v, None, beta))
         f, rate = widened(self.decay(x)) + widened(self.bias), widened(self.rate).exp()
         if self.channels:
             f, rate = f.unflatten(-1, (-1, self.config.key_width)), rate[:, None]
         log_decay = -rate * softplus(f) if self.floor is None else self.floor * (rate * f).sigmoid()
-        return Terms(q, k, v, log_decay, beta)
+        return self._written(Terms(q, k, v, log_decay, beta))
+
+    def _written(self, terms: Terms) -> Terms:
+        if self.erase or terms.beta is None:
+            return terms
+        return terms._replace(v=terms.v * terms.beta[..., None].to(terms.v.dtype), beta=None)

@@ -51,6 +51,34 @@ class Evidence:
         for name in ("rows", "seeds", "versions", "machine"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
 
+    @classmethod
+    def judged(
+        cls,
+        found: Mapping[str, float],
+        rules: Mapping[str, tuple[float, float]],
+        *,
+        verdict: bool = True,
+        **fields: Any,
+    ) -> "Evidence":
+        """Build evidence whose verdict is that every number lies in its interval.
+
+        Args:
+            found: the number of every rule. rules: name -> (at least, at most), fixed before the run.
+            verdict: False where the scale is too small for one.
+            fields: the others; `rows` come before those of the rules.
+
+        Example:
+            >>> Evidence.judged({"lead": 0.2}, {"lead": (0.1, 9.0)}, name="recall").passed
+            True
+        """
+        made = [
+            {"what": rule, "found": found[rule], "at least": low, "at most": high, "held": low <= found[rule] <= high}
+            for rule, (low, high) in rules.items()
+        ]
+        words = "; ".join(f"{rule} from {low:g} to {high:g}" for rule, (low, high) in rules.items())
+        passed = all(row["held"] for row in made) if verdict else None
+        return cls(**{**fields, "rows": [*fields.get("rows", ()), *made], "threshold": words, "passed": passed})
+
     def to_json(self) -> dict[str, Any]:
         """Return a value for `json.dumps`; numbers that JSON lacks (NaN, infinity) become null."""
         return {key: _finite(value) for key, value in asdict(self).items()}

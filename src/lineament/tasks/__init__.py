@@ -1,7 +1,17 @@
 """What to predict and how it is scored: perplexity, retrieval, agreement with a teacher, and what a model costs."""
 
 from lineament.tasks.agreement import Agreement, agreement
-from lineament.tasks.cost import Speed, cache_bytes, decode_speed, filled_cache, is_student, peak_memory, prefill_speed
+from lineament.tasks.characters import Characters, characters, learn_characters
+from lineament.tasks.cost import (
+    Speed,
+    cache_bytes,
+    decode_speed,
+    filled_cache,
+    in_turn,
+    is_student,
+    peak_memory,
+    prefill_speed,
+)
 from lineament.tasks.haystack import Haystack
 from lineament.tasks.match3 import match3, match3_batch, match3_by_hand
 from lineament.tasks.perplexity import (
@@ -35,6 +45,7 @@ __all__ = [
     "SETS",
     "Agreement",
     "Body",
+    "Characters",
     "ContextGain",
     "Haystack",
     "Perplexity",
@@ -46,11 +57,14 @@ __all__ = [
     "agreement",
     "bootstrap_ratio",
     "cache_bytes",
+    "characters",
     "context_gain",
     "decode_speed",
     "filled_cache",
     "gain_kept",
+    "in_turn",
     "is_student",
+    "learn_characters",
     "make_bodies",
     "make_prompts",
     "match3",

@@ -22,6 +22,7 @@ from lineament._base.seeds import generator
 from lineament.models import StudentCache, cache_nbytes
 from lineament.tasks.predictions import plain
 
+CPU = torch.device("cpu")
 READ = 512  # tokens really read before a cache is stretched; longer than any window here
 SPARE = 8  # tokens of room beyond those that are timed
 
@@ -118,8 +119,10 @@ class Speed:
 Step = Callable[[], Any]
 
 
-def _in_turn(steps: Mapping[str, Step], repeats: int, warmup: int, device: torch.device) -> dict[str, list[float]]:
-    """Run steps in turn and time each, so that whatever else the machine does falls on all of them."""
+def in_turn(
+    steps: Mapping[str, Step], repeats: int, warmup: int = 1, device: torch.device = CPU
+) -> dict[str, list[float]]:
+    """Run steps in turn and return the seconds of each, so that whatever else the machine does falls on all of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(warmup + repeats):
         for name, step in steps.items():
@@ -171,7 +174,7 @@ def decode_speed(
         kinds = ["student"] if is_student(model) else ["dynamic", "static"] if static else ["dynamic"]
         for kind in kinds:
             steps[f"{name}\n{kind}"] = _decoder(model, context, tokens + warmup, kind == "static")
-    times = _in_turn(steps, tokens, warmup, device)
+    times = in_turn(steps, tokens, warmup, device)
     return {name: _best(name, times, "decode", context) for name in models}
 
 
@@ -198,7 +201,7 @@ def prefill_speed(
         inner = plain(model)
         ids = torch.randint(inner.config.get_text_config().vocab_size, (1, length), generator=generator(seed))
         steps[f"{name}\n{'student' if is_student(model) else 'dynamic'}"] = _reader(model, ids.to(device), length)
-    times = _in_turn(steps, repeats, warmup, device)
+    times = in_turn(steps, repeats, warmup, device)
     return {name: _best(name, times, "prefill", length) for name in models}
 
 

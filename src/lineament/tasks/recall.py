@@ -30,9 +30,11 @@ class Recall:
             "mqar": pairs of a key and its value, then `queries` of those keys, each followed by its value.
             "needle", "multi-key", "multi-value", "multi-query": facts (mark, key, value) hidden in filler; at the end
             one key is asked for, one of several, one with several values (in order), or several.
-            "copying": a string, a mark, the string again. "induction": what followed the one marked place.
+            "copying": a string, a mark, the string again. "palindrome": the string again from its end.
+            "overwrite": every key twice with different values, in any order, then all keys with their last value.
+            "induction": what followed the one marked place.
         length: tokens T of an example. vocab: size of the alphabet.
-        pairs: facts hidden (mqar, multi-*). queries: keys asked for (mqar, multi-query).
+        pairs: facts hidden (mqar, overwrite, multi-*). queries: keys asked for (mqar, multi-query).
         seed: other seeds give other examples.
 
     Example:
@@ -146,6 +148,31 @@ def _needles(task: Recall, size: int, random: torch.Generator, *, keys: int, val
     return ids, answer
 
 
+def _overwrite(task: Recall, size: int, random: torch.Generator) -> Batch:
+    pairs, total = task.pairs, 6 * task.pairs
+    alphabet = _Alphabet.of(task.vocab, marks=2, filler=False)
+    _need(task, total, alphabet, pairs, 2)
+    keys = _distinct(alphabet.keys, size, pairs, random).repeat(1, 2)
+    values = torch.stack([_distinct(alphabet.values, size, 2, random) for _ in range(pairs)], 1).mT.flatten(1)
+    order = torch.rand(size, 2 * pairs, generator=random).argsort(1)
+    last = order.argsort(1).view(size, 2, pairs).argmax(1, keepdim=True)  # which of its two writes a key had last
+    held = values.view(size, 2, pairs).gather(1, last)[:, 0]
+    asked = torch.rand(size, pairs, generator=random).argsort(1)
+    written = torch.stack([keys.gather(1, order), values.gather(1, order)], -1).flatten(1)
+    queries = torch.stack([keys.gather(1, asked), held.gather(1, asked)], -1).flatten(1)
+    ids = torch.cat([torch.full((size, task.length - total), SEPARATOR), written, queries], 1)
+    answer = torch.zeros(size, task.length, dtype=torch.bool)
+    answer[:, task.length - 2 * pairs + 1 :: 2] = True
+    return ids, answer
+
+
+def _palindrome(task: Recall, size: int, random: torch.Generator) -> Batch:
+    ids, answer = _copying(task, size, random)
+    half = (task.length - 1) // 2
+    ids[:, -half:] = ids[:, -half:].flip(1)
+    return ids, answer
+
+
 def _copying(task: Recall, size: int, random: torch.Generator) -> Batch:
     half = (task.length - 1) // 2
     _need(task, 3, _Alphabet((1, 1), (1, task.vocab - 1), (1, task.vocab - 1)), 1)
@@ -178,6 +205,8 @@ RECALLS: dict[str, Callable[[Recall, int, torch.Generator], Batch]] = {
         task, size, random, keys=task.pairs, asked=min(task.queries, task.pairs)
     ),
     "copying": _copying,
+    "palindrome": _palindrome,
+    "overwrite": _overwrite,
     "induction": _induction,
 }
 

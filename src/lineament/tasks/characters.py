@@ -1,0 +1,66 @@
+"""A character model on real text: the smallest language-modelling comparison of mixers that means something."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineament import data, train
+from lineament._base.seeds import generator, seeded
+from lineament.tasks.perplexity import perplexity
+
+
+@dataclass(frozen=True)
+class Characters:
+    """A text as numbers of characters.
+
+    Attributes:
+        vocab: how many characters there are. train, test: int64 [N, length] windows that do not overlap.
+    """
+
+    vocab: int
+    train: Tensor
+    test: Tensor
+
+
+def characters(name: str = "python-topics", *, length: int = 128) -> Characters:
+    """Read a text of `data.load_text` as characters, in its splits "train" and "test"."""
+    texts = ["\n".join(data.load_text(name, split=split)) for split in ("train", "test")]
+    known = {c: i for i, c in enumerate(sorted(set("".join(texts))))}
+    ids = (torch.tensor([known[c] for c in text]).unfold(0, length, length) for text in texts)
+    return Characters(len(known), *ids)
+
+
+def next_character_loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Mean loss in nats per character of ids [B, T]: for `train.fit`."""
+    return model(input_ids=ids, labels=ids, use_cache=False).loss, {}
+
+
+def learn_characters(
+    config: Any,
+    text: Characters,
+    *,
+    steps: int = 200,
+    batch: int = 16,
+    lr: float = 3e-3,
+    seed: int = 0,
+    scored: int = 256,
+) -> float:
+    """Train a decoder from scratch and return its loss on unseen text, in nats per character.
+
+    Args:
+        config: a `DecoderConfig` whose vocabulary is the text's. text: as from `characters`.
+        steps, batch, lr: AdamW, cosine to 0. seed: of the weights and of the windows drawn.
+        scored: windows of the test text, at most.
+    """
+    from lineament.models import DecoderForCausalLM
+
+    with seeded(seed):
+        model = DecoderForCausalLM(config)
+
+    def draw(step: int) -> Tensor:
+        return text.train[torch.randint(len(text.train), (batch,), generator=generator(seed * 100_003 + step))]
+
+    train.fit(model.train(), draw, next_character_loss, train.FitConfig(steps=steps, lr=lr, warmup=10, seed=seed))
+    return perplexity(model.eval(), text.test[:scored], batch_size=32).nll
