@@ -347,3 +347,13 @@ def test_gates_that_are_nan_are_named_on_request(name):
     x[1, 3, 0] = torch.nan
     with pytest.raises(InputError, match=r"log_decay is nan at \[1, 3, 0"):
         mixer(x)
+
+
+@torch.no_grad()
+def test_the_control_that_does_not_erase_only_adds():
+    """With beta held at 1 it is plain linear attention; DeltaNet differs as soon as keys overlap."""
+    q, k, v, x = heads()
+    mixer = inner("deltanet", options={"erase": False})
+    mixer.strength.weight.zero_()
+    same(mixer(q, k, 2 * v, x=x)[0], recur(Terms(q, k, v))[0])
+    assert inner("deltanet")(q, k, v, x=x)[0].allclose(mixer(q, k, v, x=x)[0]) is False

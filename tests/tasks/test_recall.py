@@ -56,7 +56,31 @@ def read_induction(row, task):
     return {len(row) - 1: row[row.index(0) + 1]}
 
 
-READERS = {"mqar": read_mqar, "copying": read_copying, "induction": read_induction}
+def read_palindrome(row, task):
+    mark = row.index(0)
+    string = row[:mark][-(len(row) - mark - 1) :]
+    return dict(enumerate(reversed(string), mark + 1))
+
+
+def read_overwrite(row, task):
+    """Write twice as many facts as there are keys, forgetting what a key held; then every key is asked for."""
+    known, begin = {}, len(row) - 6 * task.pairs
+    for i in range(begin, begin + 4 * task.pairs, 2):
+        assert known.get(row[i]) != row[i + 1]
+        known[row[i]] = row[i + 1]
+    asked = range(begin + 4 * task.pairs, len(row), 2)
+    assert sorted(row[i] for i in asked) == sorted(known)
+    assert len(known) == task.pairs
+    return {i + 1: known[row[i]] for i in asked}
+
+
+READERS = {
+    "mqar": read_mqar,
+    "copying": read_copying,
+    "induction": read_induction,
+    "palindrome": read_palindrome,
+    "overwrite": read_overwrite,
+}
 
 
 @pytest.mark.parametrize(("length", "vocab", "pairs", "queries"), SIZES)
