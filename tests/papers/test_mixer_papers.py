@@ -6,7 +6,7 @@ import pytest
 
 from lineament import papers
 
-PAPERS = ["lightning-attention-2", "deltanet"]
+PAPERS = ["lightning-attention-2", "deltanet", "transnormer", "kimi-linear"]
 
 
 @pytest.mark.parametrize("slug", PAPERS)
