@@ -336,3 +336,11 @@ def test_coverage_lists_operators_with_their_rules():
     assert all(row["covered"] for row in rows.values())
     opaque = {row["operator"]: row["covered"] for row in explain.coverage(Wrong("opaque"), torch.ones(1, 4))}
     assert opaque == {"Opaque": False, "Addmm": True}
+
+
+def test_a_target_function_may_compute_with_the_output():
+    model, inputs, _ = make("vgg", torch.float64)
+    shift = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    found = explain.relevance(model, inputs, target=lambda y: (y[:, 1] - y[:, 2] - shift) / (shift * 3))
+    assert found.ledger.unaccounted < 1e-9
+    assert found.ledger.columns["constants"] == pytest.approx(-2 / 3)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from lineament.explain.recording import prepared, record
+from lineament.explain.recording import prepared, record, scored
 from lineament.explain.relevance import named
 from lineament.explain.rules import rules_of
 from lineament.explain.sweep import plan
@@ -36,8 +36,8 @@ def coverage(
     """
     given = named(model, inputs)
     with prepared(model):
-        recording = record(model, given)
-        scores = selected(recording.output, target, given)[0]
+        recording = record(model, given, target=target)
+        scores = selected(recording.output, scored(recording, target), given)[0]
         tape = build(get_gradient_edge(scores).node, recording)
         chosen = plan(tape, replace(rules_of(rules, model), unknown="vjp"), model)
     found: dict[str, list[int]] = defaultdict(list)

@@ -161,6 +161,9 @@ def _values(model: nn.Module, inputs: Mapping[str, Any], places: Sequence[Where]
     outs, ins = tapped(model, places)
     with torch.no_grad(), capture(model, lambda name, module: name in outs | ins, inputs=True, clone=True) as seen:
         _run(model, inputs)
+    for name in seen:
+        if len(seen[name]) != 1:
+            raise InputError(f"{name!r} was called {len(seen[name])} times; effects are of modules called once")
     found = {name: seen.tensor(name) for name in seen if name in outs}
     return found | {f"{name}:input": _first(seen.inputs(name)[0]) for name in seen if name in ins}
 

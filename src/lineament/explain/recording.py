@@ -67,6 +67,8 @@ class Recording:
     """What one forward pass left behind."""
 
     output: Any = None
+    scored: Any = None
+    """What the target function made of the output, if the target is one."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
     """Floating-point inputs as the leaves they were made, token numbers as given."""
     calls: dict[tuple[int, str], Call] = field(default_factory=dict)
@@ -173,18 +175,16 @@ def _check_mode(model: nn.Module) -> None:
             raise InputError(f"{name!r} normalises by the batch in training mode; call model.eval() first")
 
 
-def record(
-    model: nn.Module, inputs: Mapping[str, Any], at: Sequence[Where] = (), *, embedded: bool = False
-) -> Recording:
+def record(model: nn.Module, inputs: Mapping[str, Any], at: Sequence[Where] = (), *, target: Any = None) -> Recording:
     """Run the model on its inputs inside `prepared` and keep what explaining needs.
 
     Args:
         model: any module. Hooks are gone afterwards.
         inputs: keyword arguments; the name "" is the one positional argument.
         at: modules whose output shall be tapped; the glob `"*.o_proj:input"` taps what they receive.
-        embedded: don't make leaves of floating-point inputs.
+        target: if it is a function of the output, it is recorded too.
     """
-    found = Recording(inputs=dict(inputs) if embedded else _leaves(inputs))
+    found = Recording(inputs=_leaves(inputs))
     given = dict(found.inputs)
     positional = (given.pop(""),) if "" in given else ()
     if "use_cache" not in given and accepts(model, "use_cache"):
@@ -194,6 +194,7 @@ def record(
             _watch(model, found, at, hooks)
             with _Recorder(found.calls):
                 found.output = model(*positional, **given)
+                found.scored = target(found.output) if callable(target) else None
         except RuntimeError as error:
             if "inference tensor" in str(error).lower():
                 raise InputError("the model's weights were made in inference mode; load them outside of it") from error
@@ -201,6 +202,11 @@ def record(
                 raise InputError(f"the input doesn't fit the model: {str(error).splitlines()[0]}") from error
             raise
     return found
+
+
+def scored(recording: Recording, target: Any) -> Any:
+    """Return the target, a function's value being the recorded one."""
+    return (lambda output: recording.scored) if callable(target) else target
 
 
 def accepts(model: nn.Module, name: str) -> bool:

@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lineament._base.errors import InputError
 from lineament.explain.ledger import Ledger
-from lineament.explain.recording import Recording, prepared, record, tapped
+from lineament.explain.recording import Recording, prepared, record, scored, tapped
 from lineament.explain.rules import Rules, check_channels, rules_of
 from lineament.explain.sweep import Sweep, plan
 from lineament.explain.tape import Promises, build
@@ -128,13 +128,13 @@ def propagate(
     check_channels(rules, model)
     _check_length(model, inputs)
     with prepared(model):
-        recording = record(model, inputs, [*at, *rules.channels])
+        recording = record(model, inputs, [*at, *rules.channels], target=target)
         value, words, root, k, seed = _seed(model, inputs, recording, target)
         tape = build(root, recording)
         del root
         sweep = Sweep(tape, plan(tape, rules, model), counting=counting, coefficients_only=coefficients_only)
         _place_taps(sweep, model, at, rules)
-        recording.output = None
+        recording.output = recording.scored = None
         recording.taps.clear()
         sweep.seed(0, k, seed)
         sweep.ledger.root = float(value.sum(dtype=torch.float64))
@@ -158,7 +158,7 @@ def _seed(
     model: nn.Module, inputs: Mapping[str, Any], recording: Recording, target: Target
 ) -> tuple[Tensor, str, Any, int, Tensor]:
     """Return the explained values, words for them, the root (node, output) and the coefficients sent from it."""
-    scores, places, words = selected(recording.output, target, inputs)
+    scores, places, words = selected(recording.output, scored(recording, target), inputs)
     if not scores.requires_grad:
         raise InputError("the output doesn't depend on parameters or inputs by autograd; is it detached in the model?")
     value = scores.detach()[places]

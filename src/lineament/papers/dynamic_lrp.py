@@ -79,22 +79,15 @@ def experiment(scale: str = "small") -> Any:
 def _words(seed: int, steps: int, count: int) -> dict[str, float]:
     """Train on sentences with an indirect object; return the share of prompts whose answer's name comes first."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
 
-    from lineament import explain, train
-    from lineament._base.seeds import seeded
-    from lineament.tasks.indirect_object import IndirectObject
+    from lineament import explain
+    from lineament.tasks.indirect_object import IndirectObject, learned_model
 
     language = IndirectObject(seed=seed)
-    shape: dict[str, Any] = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 16}
-    with seeded(seed):
-        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=language.vocab, **shape, **off))
-    config = train.FitConfig(steps=steps, lr=1e-3, warmup=min(50, steps), seed=seed)
-    train.fit(model, language.batches(128), lambda m, ids: (m(input_ids=ids, labels=ids).loss, {}), config)
+    model = learned_model(language, steps=steps, seed=seed)
     held_out = language.prompts(count, batch=10**6)
     with torch.no_grad():
-        right = model.eval()(held_out.ids).logits[:, -1].argmax(-1) == held_out.answer
+        right = model(held_out.ids).logits[:, -1].argmax(-1) == held_out.answer
     found = {"model's accuracy": right.float().mean().item()}
     for rules in RULE_SETS:
         R = explain.relevance(model, {"input_ids": held_out.ids}, target=held_out.answer, rules=rules)

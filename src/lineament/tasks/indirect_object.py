@@ -7,11 +7,13 @@ other name, and everything else is the same.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lineament._base.seeds import generator
+from lineament import train
+from lineament._base.seeds import generator, seeded
 
 BOS, AND, WENT, GAVE, TO = range(5)
 
@@ -78,3 +80,19 @@ class IndirectObject:
             return torch.cat([found.ids, found.answer[:, None]], 1)
 
         return draw
+
+
+def learned_model(language: IndirectObject, *, layers: int = 4, steps: int = 1200, seed: int = 0) -> Any:
+    """Return a small GPT-2 (width 64, 4 heads) that learned the language, in eval mode.
+
+    The loss is on every position; on the answer alone it would stay at chance.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape: dict[str, Any] = {"n_embd": 64, "n_layer": layers, "n_head": 4, "n_positions": 16}
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    with seeded(seed):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=language.vocab, **shape, **off))
+    config = train.FitConfig(steps=steps, lr=1e-3, warmup=min(50, steps), seed=seed)
+    train.fit(model, language.batches(128), lambda m, ids: (m(input_ids=ids, labels=ids).loss, {}), config)
+    return model.eval()
