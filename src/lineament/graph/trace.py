@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,16 +23,18 @@ class Traced:
             returns the list of the tensors in the output. Composite operators (linear, layer_norm, ...) stay whole.
         parameters, buffers: their names, each tied tensor once.
         inputs: how many argument tensors there are.
+        constants: the buffers as they were: tables that no state dict holds.
     """
 
     module: fx.GraphModule
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     inputs: int
+    constants: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def run(self, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], interpreter: type = fx.Interpreter) -> Any:
-        """Execute the graph on other weights and inputs of the traced shapes."""
-        flat = [tensors[name] for name in (*self.parameters, *self.buffers)]
+        """Execute the graph on other weights and inputs of the traced shapes; buffers left out are as traced."""
+        flat = [tensors[name] if name in tensors else self.constants[name] for name in (*self.parameters, *self.buffers)]
         return interpreter(self.module).run(*flat, *inputs)
 
 
@@ -85,7 +87,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
     finally:
         for each, training in modes:
             each.training = training
-    return Traced(module, tuple(parameters), tuple(buffers), len(at))
+    constants = {name: tensor.detach() for name, tensor in buffers.items()}
+    return Traced(module, tuple(parameters), tuple(buffers), len(at), constants)
 
 
 @contextmanager

@@ -6,29 +6,67 @@
 - `merge(points, method, base=..., **options) -> Point`: every row of `METHODS`; `fisher` and `grams` measure what the
   merges of those names need.
 - `symmetry(model, *args, **kwargs) -> Symmetry`: the permutations that leave a model's function alone, derived from its
-  graph and checked; `match(points, symmetry) -> list[Element]` brings models onto each other.
+  graph and checked; `match(points, symmetry) -> list[Element]` brings models onto each other. `repair` and
+  `reset_batch_norm` mend a merged net's statistics; `alignment` compares singular vectors.
+- `path(model, a, b, batches) -> Path` (`.barrier`); `bent` trains a curve; `layerwise`, `second_order`, `plane`, `fork`,
+  `geometry` look at the landscape around it.
 """
 
+from lineament.weights.alignment import Alignment, alignment
 from lineament.weights.elements import Element
+from lineament.weights.evaluate import prediction_loss, score
+from lineament.weights.landscape import (
+    Fork,
+    Geometry,
+    Plane,
+    SecondOrder,
+    fork,
+    geometry,
+    layerwise,
+    plane,
+    second_order,
+)
 from lineament.weights.match import match
 from lineament.weights.merge import merge
 from lineament.weights.methods import METHODS, Method
+from lineament.weights.path import Path, bent, path
 from lineament.weights.point import Point, Source, Spec
+from lineament.weights.repair import repair, reset_batch_norm
 from lineament.weights.statistics import fisher, grams
+from lineament.weights.straight_through import straight_through
 from lineament.weights.symmetry import Symmetry, SymmetryError, symmetry
 
 __all__ = [
     "METHODS",
+    "Alignment",
     "Element",
+    "Fork",
+    "Geometry",
     "Method",
+    "Path",
+    "Plane",
     "Point",
+    "SecondOrder",
     "Source",
     "Spec",
     "Symmetry",
     "SymmetryError",
+    "alignment",
+    "bent",
     "fisher",
+    "fork",
+    "geometry",
     "grams",
+    "layerwise",
     "match",
     "merge",
+    "path",
+    "plane",
+    "prediction_loss",
+    "repair",
+    "reset_batch_norm",
+    "score",
+    "second_order",
+    "straight_through",
     "symmetry",
 ]

@@ -34,8 +34,8 @@ def match(
             "straight-through" (least loss at the midpoint, by gradients; Ainsworth et al. 2023, section 3.3).
         inputs: for "activations": batches, each the tuple of tensors of one call, of the shapes of the example call
             that `symmetry` got. For "straight-through": step -> batch.
-        loss: for "straight-through": (model, batch) -> (scalar, numbers), with the model as `loss.model`; see
-            `straight_through.Loss`.
+        loss: for "straight-through": (model, batch) -> (scalar, numbers); cross entropy if None. The model is the
+            traced graph, so batches have the traced shapes; `straight_through` itself takes a module.
         restarts: random orders of visiting; the best result is kept.
         seed: of the orders.
         without: names for which it is true are left out of the distance ("weights").

@@ -1,0 +1,138 @@
+"""Bringing the statistics of a merged net back: batch-norm reset, and REPAIR for nets without batch norm.
+
+Averaging two networks shrinks the variance of their activations (Jordan et al. 2023, arXiv:2211.08403).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch: a mapping by name, of a tuple the first entry (inputs, labels), a tensor as it is."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def reset_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Estimate the running statistics of all batch norms anew, in place: a plain mean over one pass in train mode.
+
+    A model without batch norm is left alone.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(1))
+        >>> _ = reset_batch_norm(net, [torch.tensor([[1.0], [3.0]])])
+        >>> net[0].running_mean.item()
+        2.0
+    """
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    if not norms:
+        return model
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            call(model, batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, training in modes:
+        module.training = training
+    return model
+
+
+def repair(
+    model: nn.Module, a: Mapping[str, Tensor], b: Mapping[str, Tensor], batches: Iterable[Any], *, t: float = 0.5
+) -> dict[str, Tensor]:
+    """Merge two matched nets and give every layer's outputs the mean and deviation they have on average in the ends.
+
+    For every linear and convolution layer but the last, `W <- W s*/s` and `bias <- (bias - m) s*/s + m*`, where m and s
+    are the statistics in the merged net with the layers before it repaired, and m* and s* are interpolated between the
+    ends. Nets with batch norm get their statistics reset instead.
+
+    Args:
+        model: the architecture; not changed.
+        a, b: state dicts, b already brought onto a.
+        batches: training data without dropout, used three times.
+        t: where between a and b.
+
+    Returns:
+        The state dict of the merged net.
+    """
+    from lineament.weights.evaluate import between
+
+    batches = list(batches)
+    merged = copy.deepcopy(model).eval()
+    merged.load_state_dict(between([a, b], [1 - t, t]))
+    if any(isinstance(module, NORMS) for module in model.modules()):
+        return reset_batch_norm(merged, batches).state_dict()
+    ends = []
+    for state in (a, b):
+        end = copy.deepcopy(model).eval()
+        end.load_state_dict(dict(state))
+        ends.append(_statistics(end, batches))
+    wanted = {
+        name: ((1 - t) * ends[0][name][0] + t * ends[1][name][0], (1 - t) * ends[0][name][1] + t * ends[1][name][1])
+        for name in list(ends[0])[:-1]
+    }
+    found = _statistics(merged, batches, wanted)
+    with torch.no_grad():
+        for name, (mean, deviation) in wanted.items():
+            layer: Any = merged.get_submodule(name)
+            scale = deviation / found[name][1].clamp_min(1e-8)
+            layer.weight.mul_(scale.view(-1, *([1] * (layer.weight.dim() - 1))))
+            bias = layer.bias if layer.bias is not None else torch.zeros_like(mean)
+            moved = (bias - found[name][0]) * scale + mean
+            if layer.bias is None:
+                layer.bias = nn.Parameter(moved)
+            else:
+                layer.bias.copy_(moved)
+    return merged.state_dict()
+
+
+def _statistics(
+    model: nn.Module, batches: Iterable[Any], wanted: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the mean and deviation per channel of every layer's outputs, in the order of the calls.
+
+    With `wanted`, each layer's outputs are brought to these statistics batch by batch before they go on.
+    """
+    sums: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+            channel = out.dim() - 1 if isinstance(module, nn.Linear) else 1
+            rest = [i for i in range(out.dim()) if i != channel]
+            mean, variance = out.mean(rest), out.var(rest, unbiased=False)
+            kept = sums.setdefault(name, [torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros(())])
+            for total, value in zip(kept, (mean, variance, torch.ones(())), strict=True):
+                total.add_(value)
+            if wanted is None or name not in wanted:
+                return None
+            shape = [-1 if i == channel else 1 for i in range(out.dim())]
+            scale = wanted[name][1] / variance.sqrt().clamp_min(1e-8)
+            return (out - mean.view(shape)) * scale.view(shape) + wanted[name][0].view(shape)
+
+        return hook
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, LAYERS):
+                hooks.callback(module.register_forward_hook(watch(name)).remove)
+        for batch in batches:
+            call(model, batch)
+    return {name: (mean / n, (variance / n).sqrt()) for name, (mean, variance, n) in sums.items()}
