@@ -112,9 +112,7 @@ def test_activations_match_heads_and_their_channels():
 
 def test_straight_through_makes_the_midpoint_good(pair):
     model, a, b, group = pair
-    config = train.FitConfig(
-        steps=40, lr=1e-2, schedule="constant", optimizer="sgd", betas=(0.9, 0.999), clip=None
-    )
+    config = train.FitConfig(steps=40, lr=1e-2, schedule="constant", optimizer="sgd", betas=(0.9, 0.999), clip=None)
     found = straight_through(a, b, group, batches(5), None, model=model, config=config)
     before = weights.path(model, a, b, [DATA]).barrier
     assert weights.path(model, a, found.apply(b), [DATA]).barrier < before
@@ -188,7 +186,7 @@ def test_mistakes_are_named(pair, change, message):
         weights.match([a, b], group, **change)
     with pytest.raises(ValueError, match="at least two"):
         weights.match([a], group)
-    with pytest.raises(ValueError, match="'0.weight' holds NaN"):
+    with pytest.raises(ValueError, match=r"'0\.weight' holds NaN"):
         weights.match([a, {**b, "0.weight": b["0.weight"] * float("nan")}], group)
 
 

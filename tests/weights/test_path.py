@@ -85,7 +85,7 @@ def test_curvature_along_the_line_gives_the_rise():
     s = torch.linspace(0, 1, n, dtype=torch.float64)
     mu = flat(b) - flat(a)
     phi = [float(torch.sin((flat(a) + x * mu) @ net.slope)) for x in s]
-    second = [-float(mu @ net.slope) ** 2 * p + 0.1 * float(mu @ net.hessian @ mu) for p in phi]
+    second = [-(float(mu @ net.slope) ** 2) * p + 0.1 * float(mu @ net.hessian @ mu) for p in phi]
     kernel = torch.minimum(s, torch.tensor(t)) * (1 - torch.maximum(s, torch.tensor(t)))
     wanted = -float(torch.trapezoid(kernel * torch.tensor(second), s))
     measured = weights.path(net, a, b, BATCH, loss=value, points=6)
@@ -152,8 +152,12 @@ def test_runs_part_where_they_should():
     net = nn.Linear(2, 2)
     x = torch.randn(64, 2, generator=generator(0))
     data = (x, (x[:, 0] > 0).long())
-    order = lambda seed: lambda step: tuple(  # noqa: E731
-        t[torch.randperm(64, generator=generator(seed * 100 + step))[:8]] for t in data
+    order = (
+        lambda seed: (
+            lambda step: tuple(
+                t[torch.randperm(64, generator=generator(seed * 100 + step))[:8]] for t in data
+            )
+        )
     )
     config = train.FitConfig(steps=5, lr=0.1, schedule="constant", optimizer="sgd")
     found = weights.fork(net, order, config, shared=3)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from lineament import __version__
-from lineament.cli import conversion, doctor, explaining, merging, papers, students
+from lineament.cli import connecting, conversion, doctor, explaining, merging, papers, students
 
 app = typer.Typer(
     name="lineament",
@@ -41,6 +41,8 @@ for command in (
     conversion.inspect,
     students.evaluate,
     students.generate,
+    connecting.connect,
+    connecting.align,
     merging.merge,
     merging.diff,
     papers.papers,

@@ -34,7 +34,9 @@ class Traced:
 
     def run(self, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], interpreter: type = fx.Interpreter) -> Any:
         """Execute the graph on other weights and inputs of the traced shapes; buffers left out are as traced."""
-        flat = [tensors[name] if name in tensors else self.constants[name] for name in (*self.parameters, *self.buffers)]
+        flat = [
+            tensors[name] if name in tensors else self.constants[name] for name in (*self.parameters, *self.buffers)
+        ]
         return interpreter(self.module).run(*flat, *inputs)
 
 

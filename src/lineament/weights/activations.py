@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from lineament._base.errors import InputError
-from lineament.graph import Tree
+from lineament.graph import Leaf, Tree
 from lineament.weights.elements import classes_in
 from lineament.weights.symmetry import Symmetry
 
@@ -51,7 +51,9 @@ def activations(
             raise InputError(f"a batch has tensors of shapes {given}; the group was derived with {wanted}")
         with torch.no_grad():
             traced.run(state, list(batch), Keep)
-    return sites, {name: _standard(torch.cat(parts), sites[name], symmetry) for name, parts in found.items()}
+    whole = {name: torch.cat(parts) for name, parts in found.items()}
+    sites = {name: ((Leaf(len(whole[name]), None),), *trees[1:]) for name, trees in sites.items()}
+    return sites, {name: _standard(x, sites[name], symmetry) for name, x in whole.items()}
 
 
 def _sites(symmetry: Symmetry) -> dict[str, tuple[Tree, ...]]:
