@@ -152,13 +152,14 @@ def test_runs_part_where_they_should():
     net = nn.Linear(2, 2)
     x = torch.randn(64, 2, generator=generator(0))
     data = (x, (x[:, 0] > 0).long())
-    order = (
-        lambda seed: (
-            lambda step: tuple(
-                t[torch.randperm(64, generator=generator(seed * 100 + step))[:8]] for t in data
-            )
-        )
-    )
+
+    def order(seed):
+        def batch(step):
+            chosen = torch.randperm(64, generator=generator(seed * 100 + step))[:8]
+            return tuple(t[chosen] for t in data)
+
+        return batch
+
     config = train.FitConfig(steps=5, lr=0.1, schedule="constant", optimizer="sgd")
     found = weights.fork(net, order, config, shared=3)
     assert not torch.equal(found.a["weight"], found.b["weight"])

@@ -8,8 +8,8 @@
 - `symmetry(model, *args, **kwargs) -> Symmetry`: the permutations that leave a model's function alone, derived from its
   graph and checked; `match(points, symmetry) -> list[Element]` brings models onto each other. `repair` and
   `reset_batch_norm` mend a merged net's statistics; `alignment` compares singular vectors.
-- `path(model, a, b, batches) -> Path` (`.barrier`); `bent` trains a curve; `layerwise`, `second_order`, `plane`, `fork`,
-  `geometry` look at the landscape around it.
+- `path(model, a, b, batches) -> Path` (`.barrier`); `bent` trains a curve; `layerwise`, `second_order`, `plane`,
+  `fork` and `geometry` look at the landscape around it.
 """
 
 from lineament.weights.alignment import Alignment, alignment
