@@ -22,7 +22,7 @@
   parts of attention while training, dense afterwards, and averages over random sub-models.
 - `prefill(model, ids) -> Prefilled(cache, logits, tokens)`: a text of any length, piece by piece.
 - `speed_up_(model) -> SpedUp`: a transformers model's linear layers on our operators, in place, `.restore()`.
-- `load_model(name)`: a model in its own format, every key accounted for.
+- `load_model(name)`: a model in its own format, every key accounted for. `FLA`: fla's families, read without fla.
 - `sequence_parallel_loss(model, input_ids)`: sequences spread over ranks; `average_gradients_(model)` without DDP.
 - `Terminator(TerminatorConfig(...))`, `TERMINATOR_CIFAR`: classifiers of images and sequences by hyper-kernels.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
@@ -33,6 +33,7 @@ from lineament.models.cache import StudentCache
 from lineament.models.decoder import DecoderConfig, DecoderForCausalLM, DecoderModel, register_decoder
 from lineament.models.encoder import build_encoder, encoder_mixers, register_encoders
 from lineament.models.families import FAMILIES, Family, decoder_config, full_layers, match_parameters, parameters
+from lineament.models.fla import FLA, register_fla
 from lineament.models.generate import cache_nbytes, write_text
 from lineament.models.load import find_model, load_model, load_teacher
 from lineament.models.parallel import average_gradients_, sequence_parallel_loss
@@ -54,10 +55,12 @@ from lineament.models.tiny import tiny, tiny_teacher
 register_all()
 register_encoders()
 register_decoder()
+register_fla()
 
 __all__ = [
     "ADAPTERS",
     "FAMILIES",
+    "FLA",
     "TERMINATOR_CIFAR",
     "Adapter",
     "DecoderConfig",
@@ -92,6 +95,7 @@ __all__ = [
     "register_all",
     "register_decoder",
     "register_encoders",
+    "register_fla",
     "self_ensemble",
     "sequence_parallel_loss",
     "sliding_layers",

@@ -62,12 +62,16 @@ class ShortConv(nn.Module):
         full = torch.cat([tail.to(x.dtype), x], dim=1)
         return self._taps(full, x.shape[1]), full[:, full.shape[1] - past :]
 
+    def taps(self) -> Tensor:
+        """Return the weights [width, C], row 0 for the current token."""
+        return self.weight
+
     def _taps(self, full: Tensor, length: int) -> Tensor:
         y = self._weighted(full, length)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _weighted(self, full: Tensor, length: int) -> Tensor:
-        weight, past = self.weight.to(full.dtype), self.width - 1
+        weight, past = self.taps().to(full.dtype), self.width - 1
         if length == 1:
             return (full * weight.flip(0)).sum(1, keepdim=True)
         y = full[:, past:] * weight[0]
