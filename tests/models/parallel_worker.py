@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lineament.models import DecoderForCausalLM, average_gradients_, decoder_config, sequence_parallel_loss, tiny
 from lineament.ops import sequence_parallel
@@ -24,6 +25,9 @@ def models():
     shape = {"vocab_size": 61, "width": 16, "layers": 2, "heads": 2}
     torch.manual_seed(0)  # the same weights on every rank
     yield "hybrid decoder", DecoderForCausalLM(decoder_config("gated-deltanet", ratio="1:1", **shape))
+    tiny_fla = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "head_dim": 8}
+    hybrid = {"num_heads": 2, "attn": {"layers": [1], "num_heads": 2}}
+    yield "fla hybrid", AutoModelForCausalLM.from_config(AutoConfig.for_model("gated_deltanet", **tiny_fla, **hybrid))
     yield "sliding", tiny("gemma3_text", "lightning", layers=(1,))
 
 

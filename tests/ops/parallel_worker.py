@@ -16,6 +16,7 @@ from lineament.nn.rows import Rows
 from lineament.ops import (
     decayed_attention,
     delta_rule,
+    elementwise_scan,
     linear_attention,
     lolcats_attention,
     sequence_parallel,
@@ -125,6 +126,10 @@ def cases():
     yield "decayed more value heads", op(decayed_attention), recurrent("decayed", "channel", heads=(1, 2, 4))
     yield "decayed single precision", op(decayed_attention), recurrent("decayed", "scalar", dtype=torch.float32)
     yield "delta single precision", op(delta_rule), recurrent("delta", "channel", dtype=torch.float32)
+    gates = {"x": numbers(2, 31, 6, seed=1, dtype=torch.float64)}
+    gates["log_decay"] = -numbers(2, 31, 6, seed=2, dtype=torch.float64).exp()
+    yield "scan", op(elementwise_scan), gates
+    yield "scan packed", op(elementwise_scan, packed=True), one_row(gates)
     positive = {n: x.exp() for n, x in recurrent("decayed", "none").items()}
     mapped = {"phi_q": positive["q"], "phi_k": positive["k"], "v": positive["v"]}
     yield "linear with a normaliser", op(linear_attention), mapped
@@ -147,7 +152,7 @@ def cases():
     yield "convolution packed", convolution(packed=True), one_row(x)
     yield "softmax", softmax(), bare
     yield "softmax packed", softmax(packed=True), one_row(bare)
-    for kind in ("kda", "gated-deltanet", "hedgehog-window", "cosformer", "lightning"):
+    for kind in ("kda", "gated-deltanet", "hedgehog-window", "cosformer", "gla"):
         yield f"layer {kind}", heads(kind, full=(1,)), layer_inputs()
         yield f"layer {kind} packed", heads(kind, full=(0,), packed=True), one_row(layer_inputs())
 

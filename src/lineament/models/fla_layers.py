@@ -85,7 +85,7 @@ class Layer(nn.Module):
             parts = self._convolved(parts, cache, cu)
         if self.activation is not None:
             parts = [self.activation(part) for part in parts]
-        terms = self.terms(packed, *parts, position)
+        terms = self.terms(packed, parts[0], parts[1], parts[2], position)
         o, state = recur(terms, state=None if cache is None else cache.filling, cu_seqlens=cu)
         if cache is not None:
             cache.filling, cache.count = state, count + (packed.shape[1] if cu is None else cu.diff())
@@ -129,19 +129,21 @@ class Additive(Layer):
             self.g_proj = nn.Linear(config.hidden_size, values, bias=False)
         fused = config.use_output_gate and config.fuse_norm and config.hidden_act == "swish"
         norm = GatedNorm if fused else nn.RMSNorm
-        setattr(self, "g_norm_swish_gate" if fused else "g_norm", norm(self.V, config.norm_eps))
+        self.norm_name = "g_norm_swish_gate" if fused else "g_norm"
+        setattr(self, self.norm_name, norm(self.V, config.norm_eps))
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (x.unflatten(-1, (-1, width)) for x, width in ((q, self.K), (k, self.K), (v, self.V)))
         return (q, k, v) if self.feature is None else (self.feature(q), self.feature(k), v)
 
     def finished(self, o: Tensor, x: Tensor) -> Tensor:
+        norm = self.get_submodule(self.norm_name)
         if not self.config.use_output_gate:
-            return self.g_norm(o).flatten(2)
-        gate = self.g_proj(x)
-        if hasattr(self, "g_norm_swish_gate"):
-            return self.g_norm_swish_gate(o, gate.unflatten(-1, (-1, self.V))).flatten(2)
-        return self.g_norm(o).flatten(2) * ACT2FN[self.config.hidden_act](gate)
+            return norm(o).flatten(2)
+        gate = self.get_submodule("g_proj")(x)
+        if isinstance(norm, GatedNorm):
+            return norm(o, gate.unflatten(-1, (-1, self.V))).flatten(2)
+        return norm(o).flatten(2) * ACT2FN[self.config.hidden_act](gate)
 
 
 class Gla(Additive):

@@ -6,6 +6,7 @@ from torch import Tensor
 from lineament._base.backends import Backend, choose
 from lineament._base.errors import InputError
 from lineament.ops.parallel import active
+from lineament.ops.parallel.recurrence import scan_parallel
 from lineament.ops.recurrence.gates import floored
 from lineament.ops.recurrence.packed import checked_lengths, run_packed
 
@@ -43,10 +44,13 @@ def elementwise_scan(
         >>> elementwise_scan(torch.ones(1, 3, 1), torch.full((1,), 0.5).log())[0].flatten().tolist()
         [1.0, 1.5, 1.75]
     """
-    if active() is not None:
-        raise NotImplementedError("elementwise_scan has no sequence-parallel form; run it on one process")
     wide = torch.promote_types(x.dtype if state is None else torch.promote_types(x.dtype, state.dtype), torch.float32)
     _check(x, log_decay, state)
+    part = active()
+    if part is not None:
+        cu_seqlens = part.check_call(x.shape[1], cu_seqlens)
+        if cu_seqlens is not None and state is not None:
+            raise InputError("packed documents begin from nothing under sequence_parallel; leave state out")
     lengths = None if cu_seqlens is None else checked_lengths(cu_seqlens, x, "x")
     shape = (x.shape[0] if lengths is None else len(lengths), *x.shape[2:])
     if state is None:
@@ -59,7 +63,8 @@ def elementwise_scan(
     run = run_chunked if backend in ("auto", "chunked") else choose(BACKENDS_SCAN, backend, x)
     inputs = (x.to(wide).flatten(2), gate.flatten(2))
     flat = state.to(wide).flatten(1)
-    o, last = run(*inputs, flat) if lengths is None else run_packed(run, inputs, flat, lengths)
+    own = run if lengths is None else lambda *rows: run_packed(run, rows[:-1], rows[-1], lengths)
+    o, last = own(*inputs, flat) if part is None else scan_parallel(part, own, *inputs, flat)
     return o.to(x.dtype).unflatten(2, x.shape[2:]), last.unflatten(1, x.shape[2:])
 
 

@@ -51,6 +51,25 @@ def run_parallel(
     return o, torch.cat([final, last[1:]]) if packed else final
 
 
+def scan_parallel(part: Part, run: Run, x: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a scan over channels whose tokens are spread over the ranks.
+
+    Args:
+        run: (x, log_decay, state) -> (o, states) on this rank's tokens, documents included.
+        x, log_decay: [B, T, D]. state: [R, D], R rows or local documents; the first rank starts from it.
+    """
+    packed, first = part.documents is not None, part.borders[1]
+    entering, leaving = (slice(0, 1), slice(-1, None)) if packed else (slice(None), slice(None))
+    o, last = run(x, log_decay, state if part.rank == 0 else torch.zeros_like(state))
+    reach = log_decay[:, :first].double().cumsum(1).to(state.dtype).exp()
+    moved, ends = reach[:, -1], len(part.borders) == 2 or not packed
+    left = only_if(part.goes_on, last[leaving])[:, None, :, None]
+    reached = carried(part, left, only_if(ends and part.goes_on, moved)[:, None])[:, 0, :, 0]
+    more = torch.nn.functional.pad(reach * reached[:, None], (0, 0, 0, x.shape[1] - first))
+    final = moved * reached + last[entering]
+    return tied(o + more, reached), torch.cat([final, last[1:]]) if packed else final
+
+
 def _moved(moved: Tensor, state: Tensor) -> Tensor:
     return moved[..., None] * state if moved.dim() == 3 else moved @ state
 
