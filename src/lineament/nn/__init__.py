@@ -5,7 +5,7 @@
 - `Mixer(config, Slots(...))`: a whole layer from scratch around a head mixer; `MixerCache` is what it keeps.
 - `published(name, ...) -> (config, slots)`, `LAYERS`: publications as such values, on the kinds of `PUBLISHED` and
   `BUILDERS`. `share_lower_bounds_` ties the gates of a model's HGRN layers. `global_field`, `cosines`: LightNet on
-  grids.
+  grids; `ToeplitzEncoding`: positions by exponentials along every axis.
 - `FEATURE_MAPS`: phi of linear attention.
 - `Rows`: padding and packing of a block. `KeyValues`, `causal_softmax`: ordinary attention over a growing buffer.
 - `SubsampledAttention(width, heads, Subsampling(...))`: self-attention over a random part of the sources in training.
@@ -33,6 +33,7 @@ from lineament.nn.softmax import KeyValues, causal_softmax
 from lineament.nn.standardization import ByBatch, GroupedStandardization, by_sample
 from lineament.nn.subsampled import SubsampledAttention, Subsampling
 from lineament.nn.tensor_attention import TensorAttention
+from lineament.nn.toeplitz import ToeplitzEncoding
 from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow, quiet_log_scale
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "SubsampledAttention",
     "Subsampling",
     "TensorAttention",
+    "ToeplitzEncoding",
     "build",
     "by_sample",
     "causal_softmax",
