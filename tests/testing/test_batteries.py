@@ -123,12 +123,18 @@ class Toy(nn.Module):
 
     def __init__(self, *, heads, key_heads, key_width, value_width, model_width, wrong=""):
         super().__init__()
-        self.groups, self.wrong = heads // key_heads, wrong
+        self.groups, self.wrong, self.backend = heads // key_heads, wrong, "auto"
         self.gate = nn.Linear(model_width, key_heads)
         self.wide = value_width
 
     def forward(self, q, k, v, *, x, cu_seqlens=None, state=None):
         log_decay = nn.functional.logsigmoid(self.gate(x))
+        if self.wrong == "naive gate":
+            log_decay = (1 / (1 + (-self.gate(x)).exp())).log()
+        if self.wrong == "narrow" and v.dtype == torch.float32:
+            v = v.bfloat16().float()
+        if self.wrong == "backend" and self.backend == "chunked":
+            v = v * 1.0001
         if self.wrong == "future":
             log_decay = log_decay - 1e-3 * x.abs().mean((1, 2), keepdim=True)
         if self.wrong == "batch":
@@ -195,6 +201,11 @@ def test_a_right_mixer_passes_every_law():
         ("in place", "pure"),
         ("state in place", "pure"),
         ("grows", "constant"),
+        ("detached", "loop"),
+        ("step", "loop"),
+        ("backend", "backends"),
+        ("narrow", "float32"),
+        ("naive gate", "extreme"),
     ],
 )
 def test_a_mistake_in_a_mixer_is_found(wrong, law):
