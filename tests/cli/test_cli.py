@@ -60,7 +60,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path
 
 
 def test_a_planned_paper_says_so_with_exit_code_1(capsys):
-    assert run(["reproduce", "atlas"]) == 1
+    assert run(["reproduce", "i-lora"]) == 1
     assert "planned" in capsys.readouterr().err
 
 

@@ -434,3 +434,35 @@ def test_a_plan_round_trips_through_yaml(here):
     recipe = read_recipe(yaml.safe_load(MERGE))
     assert recipe.models == ["a", "b"]
     assert read_recipe(plan(here, MERGE)) == recipe
+
+
+def test_signatures_from_the_command_line(here, capsys):
+    first = ["--keep", "model.layers.0.*"]
+    assert run(["signature", "extract", "base", "a", "b", *first, "-o", "s.safetensors"]) == 0
+    assert run(["signature", "quantise", "s.safetensors", "--levels", "16", "-o", "q.safetensors"]) == 0
+    assert run(["signature", "combine", "s.safetensors", "q.safetensors", "-o", "c.safetensors"]) == 0
+    assert (here / "q.safetensors").stat().st_size < (here / "s.safetensors").stat().st_size / 2
+    assert run(["signature", "apply", "a", "c.safetensors", "--alpha", "0.5", "-o", "patched"]) == 0
+    assert run(["signature", "remove", "patched", "-o", "clean"]) == 0
+    a, patched, clean = (Point.open(n) for n in ("a", "patched", "clean"))
+    assert all(torch.equal(a[n], clean[n]) for n in a)
+    assert {n for n in a if not torch.equal(a[n], patched[n])} == {n for n in a if n.startswith("model.layers.0.")}
+    capsys.readouterr()
+    assert run(["signature", "remove", "a", "-o", "other"]) == 2
+    assert "no signature was applied" in capsys.readouterr().err
+
+
+def test_composing_learns_on_text_and_saves_a_model(here, capsys):
+    g = torch.Generator().manual_seed(0)
+    words = [f"w{i}" for i in torch.randint(0, 8, (40 * 256,), generator=g).tolist()]
+    (here / "words.txt").write_text(" ".join(words))
+    command = ["compose", "base", "a", "b", "--data", "words.txt", "--steps", "12", "--json", "-o", "c"]
+    assert run(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["losses"]["composed"] < told["losses"]["base"]
+    assert told["coefficients"] == 2 * 30
+    table = json.loads((here / "c" / "coefficients.json").read_text())
+    base, a, b, c = (Point.open(n) for n in ("base", "a", "b", "c"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    (x,), (y,) = table[name]
+    torch.testing.assert_close(c[name], base[name] + x * (a[name] - base[name]) + y * (b[name] - base[name]))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from lineament import __version__
-from lineament.cli import connecting, conversion, doctor, explaining, merging, papers, students
+from lineament.cli import composing, connecting, conversion, doctor, explaining, merging, papers, students
 
 app = typer.Typer(
     name="lineament",
@@ -45,6 +45,7 @@ for command in (
     connecting.align,
     merging.merge,
     merging.diff,
+    composing.compose,
     papers.papers,
     papers.reproduce,
     explaining.explain,
@@ -52,6 +53,7 @@ for command in (
     doctor.doctor,
 ):
     app.command(rich_help_panel=None)(command)
+app.add_typer(composing.signature, name="signature")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

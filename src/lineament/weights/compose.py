@@ -76,7 +76,7 @@ class Composed(nn.Module):
             return functional_call(model, self.weights(), args, kwargs)
         start = {name: model.get_parameter(name).detach() for name in self.blocks}
         moved = {name: weight - start[name] for name, weight in self.weights().items()}
-        value, change = jvp(lambda p: functional_call(model, p, args, kwargs), (start,), (moved,))
+        value, change, *_ = jvp(lambda p: functional_call(model, p, args, kwargs), (start,), (moved,))
         return value + change
 
     def weights(self) -> dict[str, Tensor]:

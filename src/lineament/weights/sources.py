@@ -13,6 +13,7 @@ from lineament._base.errors import InputError
 from lineament.weights import packed
 from lineament.weights.point import Point, Source, Spec
 
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked", ".inv_freq", ".masked_bias", ".position_ids")
 
 
@@ -102,7 +103,7 @@ def _of_files(model: Any, *, base: Any, lora: str, any_base: bool, dequantise: b
     config = io.read_json(folder / "config.json") if folder else {}
     source = stored(weights, str(model) if isinstance(model, str | Path) else str(weights.source))
     source, change = packed.unpacked(source, config, dequantise)
-    ties = {alias: owner for alias, owner in _ties(config).items() if owner in source.specs}
+    ties = {alias: owner for alias, owner in _ties(config, source.specs).items() if owner in source.specs}
     return Point(((source, 1.0),), ties, buffer_names(source.specs), folder, change)
 
 
@@ -114,11 +115,13 @@ def stored(weights: io.Weights, label: str) -> Source:
     return Source(label, specs, weights.load, fingerprint=mark, files=tuple(weights.files))
 
 
-def _ties(config: Mapping[str, Any]) -> dict[str, str]:
+def _ties(config: Mapping[str, Any], there: Iterable[str]) -> dict[str, str]:
     """Alias -> owner, as the model's class in transformers ties them; empty where nothing is tied."""
     names = config.get("architectures") or []
     if not names or config.get("tie_word_embeddings") is False:
         return {}
+    if "tie_word_embeddings" not in config and any(name.endswith(HEADS) for name in there):
+        return {}  # a head of its own: no need to ask transformers, whose import takes seconds
     import transformers
 
     kind = getattr(transformers, names[0], None)

@@ -1,0 +1,34 @@
+"""The experiments on task vectors and signatures: their mechanics at a reduced scale."""
+
+import importlib.util
+import math
+
+import pytest
+
+from lineament import papers
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="the digits are carried by scikit-learn"
+)
+
+
+@pytest.mark.slow
+def test_the_composition_runs_and_gives_no_verdict():
+    evidence = papers.experiment("atlas")("smoke")
+    assert evidence.passed is None
+    assert all(0 <= row["accuracy"] <= 1 for row in evidence.rows[:-1])
+
+
+@pytest.mark.slow
+def test_the_signatures_run_and_give_no_verdict():
+    evidence = papers.experiment("rws")("smoke")
+    assert evidence.passed is None
+    rows = {(row["corruption"], row["arm"]): row for row in evidence.rows if "corruption" in row}
+    assert len(rows) == 12
+    assert all(math.isfinite(row["clean"]) for row in rows.values())
+
+
+@pytest.mark.parametrize("slug", ["atlas", "rws"])
+def test_a_scale_that_is_none_is_named(slug):
+    with pytest.raises(ValueError, match="unknown scale 'smal'"):
+        papers.experiment(slug)("smal")
