@@ -135,6 +135,6 @@ def test_a_mistake_is_named(call, message):
 def test_the_experiment_gives_no_verdict_on_a_part(tmp_path):
     evidence = papers.experiment("hybrid-linear-attention")("smoke", out=str(tmp_path), only="*-hgrn2-*")
     assert evidence.passed is None
-    rules = {row["rule"]: row.get("held") for row in evidence.rows if "rule" in row}
+    rules = {row["arm"]: row.get("held") for row in evidence.rows}
     assert rules["cache bytes equal the arithmetic"] is True
     assert rules["RetNet 1:1 leads RetNet by at least .10 at step 100"] is None

@@ -1,5 +1,6 @@
 """`lineament papers` and `lineament reproduce`: the catalogue and its experiments."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +58,7 @@ def reproduce(
     html: Annotated[Path | None, typer.Option(help="Write a one-file report here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep runs here and go on from them (studies).")] = None,
     only: Annotated[str | None, typer.Option(help="Run a part: a glob over the names of runs (studies).")] = None,
-    workers: Annotated[int, typer.Option(help="Runs at a time on this machine (studies).")] = 1,
+    workers: Annotated[int | None, typer.Option(help="Runs at a time on this machine (studies); else 2.")] = None,
     ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: its address, or 'auto' (studies).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -70,9 +71,12 @@ def reproduce(
     from lineament.cli.messages import print_json, show
     from lineament.report import page
 
-    asked = {"out": out and str(out), "only": only, "workers": workers if workers != 1 else None, "ray": ray}
+    asked = {"out": out and str(out), "only": only, "workers": workers, "ray": ray}
     options = {name: value for name, value in asked.items() if value is not None}
-    evidence = catalogue.experiment(slug, **options)(scale, **options)
+    run = catalogue.experiment(slug, **options)
+    if "workers" in signature(run).parameters:
+        options.setdefault("workers", 2)
+    evidence = run(scale, **options)
     if html is not None:
         page(catalogue.record(slug).title, [evidence], html)
     if json:

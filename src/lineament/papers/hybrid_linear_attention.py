@@ -69,14 +69,10 @@ def experiment(
     with TemporaryDirectory() as folder:
         rows = run_study(scale, out or folder, only=only, workers=workers, ray=ray)
     rules = _mechanics(rows) if scale in ("small", "smoke") else _verdict(rows)
-    placed = {f"recall, {p}": _of(rows, "recall", placement=p) for p in ("heads", "inherited layers")}
     complete = scale in ("small", "study") and len(rows) == len(arms(scale)) and all("held" in rule for rule in rules)
-    shown = ("variant", "ratio", "size", "task", "placement", "seed", "recall", "loss", "parameters", "cache", "looks")
     return Evidence(
-        name=RECORD.slug, claim=RECORD.claim,
-        rows=[{name: row[name] for name in shown if name in row} for row in rows] + rules
-        + [{"left open by the paper": "full heads by measurement, or layers by position, at equal cache"} | placed],
-        threshold="; ".join(str(rule["rule"]) for rule in rules),
+        name=RECORD.slug, claim=RECORD.claim, rows=[_shown(row) for row in rows] + rules + _left_open(rows),
+        threshold="; ".join(str(rule["arm"]) for rule in rules),
         passed=all(rule["held"] for rule in rules) if complete else None,
         seeds=sorted({row["seed"] for row in rows}), seconds=time.perf_counter() - began,
         notes="The small scale checks the mechanics: its task is too easy to rank mixers." if scale == "small" else "",
@@ -93,7 +89,26 @@ def _of(rows: Rows, measure: str, **fields: Any) -> float:
 def _rule(text: str, held: bool, **found: float) -> dict[str, Any]:
     """Lay out a rule; it says nothing of whether it held where a number that it needs was not measured."""
     known = bool(found) and not any(math.isnan(x) for x in found.values())
-    return {"rule": text, **found, **({"held": held} if known else {})}
+    numbers = ", ".join(f"{name} {x:.4g}" for name, x in found.items())
+    return {"arm": text, "found": numbers, **({"held": held} if known else {})}
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: row[name] for name in ("recall", "loss", "parameters", "cache") if name in row}
+    early = ", ".join(f"{x:.3f} at {step}" for step, x in row["looks"].items())
+    place = "" if row["placement"] == "layers" else f", {row['placement']}"
+    return {
+        "arm": f"{row['variant']} {row['ratio']}{place} ({row['size']}, seed {row['seed']})",
+        **kept,
+        "found": early,
+    }
+
+
+def _left_open(rows: Rows) -> list[dict[str, Any]]:
+    """Answer what the paper leaves open, where it was run: full heads by measurement or layers by position."""
+    placed = {p: _of(rows, "recall", placement=p) for p in ("heads", "inherited layers")}
+    known = not any(math.isnan(x) for x in placed.values())
+    return [{"arm": f"at equal cache: {p}", "recall": x} for p, x in placed.items() if known]
 
 
 def _mechanics(rows: Rows) -> list[dict[str, Any]]:
