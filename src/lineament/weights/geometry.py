@@ -16,9 +16,9 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.itemsize == 1 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor, size: int = PIECE) -> Iterator[tuple[Tensor, ...]]:
     """Walk tensors of one size side by side in flat pieces that fit a cache; what is contiguous can be written to."""
-    return zip(*(x.reshape(-1).split(PIECE) for x in tensors), strict=True)
+    return zip(*(x.reshape(-1).split(size) for x in tensors), strict=True)
 
 
 def combined(tensors: Sequence[Tensor], numbers: Sequence[float], dtype: torch.dtype) -> Tensor:

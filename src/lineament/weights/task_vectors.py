@@ -52,14 +52,15 @@ def merge_task_vectors(
     """
     deltas, total = [], sum(weight)
     for i, x in enumerate(tensors):
-        delta = x - base if x.dtype == base.dtype == torch.float64 else torch.sub(x.float(), base)
+        wide = torch.promote_types(torch.promote_types(x.dtype, base.dtype), torch.float32)
+        delta = combined([x, base], [1.0, -1.0], wide)
         options = {name: values[i] for name, values in each.items()}
         deltas.append(_trimmed(delta, trim, density[i], rescale, generators[i], options).mul_(weight[i]))
         del x, delta
     if normalize and not elect:
         scale = scale / (total if abs(total) >= 1e-8 else 1.0)
     out = torch.empty(base.shape, dtype=deltas[0].dtype)
-    for into, start, *parts in pieces(out, base, *deltas):
+    for into, start, *parts in pieces(out, base, *deltas, size=PIECE // 4):
         mixed = _elected(parts, weight, normalize) if elect else _sum(parts)
         torch.add(start, mixed, alpha=scale, out=into)
     return out
@@ -74,13 +75,14 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 def _elected(parts: Sequence[Tensor], weight: Sequence[float], normalize: bool) -> Tensor:
     """Sum the entries whose sign is that of the sum of all; a sum of zero counts as positive."""
-    positive = _sum(parts) >= 0
-    mixed, divisor = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
+    sign = _sum(parts).ge_(0).mul_(2).sub_(1)
+    mixed, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
     for part, w in zip(parts, weight, strict=True):
-        agrees = torch.where(positive, part > 0, part < 0)
-        mixed.addcmul_(part, agrees.to(part.dtype))
+        agreed = torch.mul(part, sign).clamp_min_(0)  # its magnitude where it agrees
+        mixed.add_(agreed)
         if normalize:
-            divisor.add_(agrees, alpha=w)
+            divisor.add_(agreed.sign_(), alpha=w)
+    mixed.mul_(sign)
     return mixed.div_(divisor.masked_fill_(divisor == 0, 1)) if normalize else mixed
 
 
