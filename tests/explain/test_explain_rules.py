@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lineament.explain import OPERATORS
+from lineament.explain import OPERATORS, Rules, relevance
+from lineament.explain.linear import share
 from lineament.testing import RULE_LAWS, check_rule
 
 FLAT, GRID, IMAGE = (2, 6), (2, 4, 6), (2, 2, 4, 6)
@@ -215,3 +216,13 @@ def test_a_wrong_rule_is_found(monkeypatch):
     monkeypatch.setitem(OPERATORS, "Gelu", lambda s: s.send(0, coef=s.coef() * 1.01))
     with pytest.raises(AssertionError, match="conserves"):
         check_rule("Gelu", nn.functional.gelu, FLAT, laws=["conserves"])
+
+
+def test_the_rule_of_the_documentation_works():
+    def positive_weights(linear, R, ledger):
+        return share(linear, R, ledger, [(linear.x, linear.weight.clamp(min=0))], linear.bias_or_zero().clamp(min=0))
+
+    model = nn.Linear(4, 2).double()
+    found = relevance(model, torch.ones(1, 4).double(), rules=Rules(linear=positive_weights))
+    assert found.ledger.unaccounted < 1e-9
+    assert bool((found.inputs["input"] / found.value >= 0).all())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lineament._base.errors import InputError
 from lineament.explain.ledger import Ledger
+from lineament.explain.methods import method_of
 from lineament.explain.relevance import Relevance, relevance
 from lineament.io import write_bytes
 from lineament.models import adapter_for, attentions, head_shape, load_teacher
@@ -110,7 +111,7 @@ def explain_text(model: str, text: str, *, target: str | None = None, rules: Any
         lead = "" if target.startswith(" ") or text.endswith((" ", "\n")) else " "
         wanted = tokenizer(lead + target, add_special_tokens=False)["input_ids"][0]
     at, layers = _head_places(net)
-    if isinstance(rules, str) and rules in ("smoothgrad", "occlusion", "rollout", "integrated-gradients"):
+    if method_of(rules) is not None:  # they explain inputs
         at = []
     found = relevance(net, {"input_ids": ids}, target=wanted, rules=rules, at=at or None)
     word = tokenizer.decode([wanted if wanted is not None else int(found.target.split()[-1])])
