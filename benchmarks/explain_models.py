@@ -31,12 +31,13 @@ class Block(nn.Module):
 
 
 def image_model(name: str) -> tuple[nn.Module, Tensor]:
-    """Return "vgg" or "resnet" with a picture, in float64."""
+    """Return "vgg", the same with average pooling ("vgg-average"), or "resnet", with pictures, in float64."""
     torch.manual_seed(0)
-    if name == "vgg":
+    if name.startswith("vgg"):
         layers: list[nn.Module] = []
+        pool = nn.AvgPool2d if name == "vgg-average" else nn.MaxPool2d
         for before, after in ((3, 16), (16, 32), (32, 32)):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), pool(2)]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
     else:
         first = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
@@ -62,6 +63,7 @@ def language_model(layers: int = 4, width: int = 64, length: int = 32) -> tuple[
         num_attention_heads=width // 16, num_key_value_heads=width // 32, max_position_embeddings=1024,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
+    torch.manual_seed(1)  # versions of transformers draw their first weights in different ways
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:

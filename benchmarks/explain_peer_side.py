@@ -6,13 +6,24 @@ python benchmarks/explain_peer_side.py zennit|captum|lxt OUT.pt [LAYERS WIDTH LE
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 
 from explain_models import Sum, image_model, language_model, seconds
 
 
+def without_torchvision() -> None:
+    """Let zennit, which imports torchvision for the names of its models, be imported without it."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        for name in ("torchvision", "torchvision.models", "torchvision.models.resnet", "torchvision.models.vgg"):
+            sys.modules[name] = MagicMock()
+
+
 def zennit() -> dict[str, Any]:
+    without_torchvision()
     from zennit import composites as c
     from zennit.attribution import Gradient
     from zennit.canonizers import SequentialMergeBatchNorm
@@ -48,12 +59,18 @@ def zennit() -> dict[str, Any]:
 
 
 def captum() -> dict[str, Any]:
-    from captum.attr import LRP, IntegratedGradients, LayerConductance
+    from captum.attr import LRP, DeepLift, IntegratedGradients, LayerConductance
+    from captum.attr._utils.lrp_rules import EpsilonRule
 
     model, x = image_model("vgg")
+    for module in model:
+        if isinstance(module, torch.nn.Flatten):  # captum has no rule for it
+            module.rule = EpsilonRule()
     top = model(x).argmax(-1)
     options: dict[str, Any] = {"target": top, "n_steps": 20, "method": "riemann_middle"}
+    smooth, _ = image_model("vgg-average")
     return {
+        "deep-lift": DeepLift(smooth).attribute(x.clone(), baselines=0.1, target=smooth(x).argmax(-1)).detach(),
         "lrp": LRP(model).attribute(x.clone(), target=top).detach(),
         "integrated-gradients": IntegratedGradients(model).attribute(x, baselines=0.0, **options).detach(),
         "conductance": LayerConductance(model, model[7]).attribute(x, baselines=0.0, **options).detach(),
@@ -62,6 +79,8 @@ def captum() -> dict[str, Any]:
 
 def lxt(*shape: int) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama as llama
+
+    without_torchvision()
     from lxt.efficient import monkey_patch
 
     monkey_patch(llama, verbose=False)

@@ -53,8 +53,10 @@ def images(python: str) -> list[dict[str, Any]]:
             rows.append({"peer": "zennit", "what": f"{name}, {rules}", "difference": error})
     theirs = peer(python, "captum")
     model, x = image_model("vgg")
+    smooth = image_model("vgg-average")[0]
     path = explain.relevance(model, x, rules=explain.IntegratedGradients(20), at="7")
     ours = {"lrp": explain.relevance(model, x, rules="epsilon").inputs["input"],
+            "deep-lift": explain.relevance(smooth, x, rules="deep-lift", baseline=0.1).inputs["input"],
             "integrated-gradients": path.inputs["input"], "conductance": path.at["7"]}  # fmt: skip
     for name, found in ours.items():
         error = away(found, theirs[name]) if isinstance(theirs, dict) else theirs

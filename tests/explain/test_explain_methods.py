@@ -22,7 +22,9 @@ def test_integrated_gradients_add_up_to_the_difference_of_two_outputs():
     assert found.at["5"].sum().item() == pytest.approx(found.inputs["input"].sum().item(), rel=0.02)  # conductance
 
 
-@pytest.mark.parametrize("name", ["integrated-gradients", "smoothgrad", "occlusion", "gradient-x-input", "epsilon"])
+@pytest.mark.parametrize(
+    "name", ["integrated-gradients", "deep-lift", "smoothgrad", "occlusion", "gradient-x-input", "epsilon"]
+)
 def test_methods_agree_on_a_linear_model(name):
     model, x = linear_model()
     rules = explain.Occlusion(patch=1) if name == "occlusion" else name
@@ -65,3 +67,21 @@ def test_measures_tell_a_good_explanation_from_a_bad_one():
     assert explain.infidelity(line, x, said) < 1e-12
     said.inputs["input"].mul_(2)
     assert explain.infidelity(line, x, said) > 1e-4
+
+
+def test_deep_lift_adds_up_to_the_difference_of_two_outputs():
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv2d(3, 4, 3),
+        nn.SiLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(36, 8),
+        nn.Sigmoid(),
+        nn.Linear(8, 3),
+    )
+    model, x = nn.Sequential(*layers).double(), image(8).double()
+    found = explain.relevance(model, x, target=1, rules="deep-lift", baseline=0.3)
+    assert found.ledger.unaccounted < 1e-9
+    with pytest.raises(ValueError, match="pass inputs_embeds"):
+        explain.relevance(*make("gpt2")[:2], rules="deep-lift")

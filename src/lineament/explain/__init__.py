@@ -13,7 +13,7 @@ from lineament.explain.coverage import coverage
 from lineament.explain.effects import Effects, effects
 from lineament.explain.ledger import COLUMNS, Ledger
 from lineament.explain.linear import AlphaBeta, Dynamic, Epsilon, Flat, Gamma, Linear, WSquare, ZBox, ZPlus
-from lineament.explain.methods import METHODS, IntegratedGradients, Occlusion, Rollout, SmoothGrad
+from lineament.explain.methods import METHODS, DeepLift, IntegratedGradients, Occlusion, Rollout, SmoothGrad
 from lineament.explain.operators import OPERATORS
 from lineament.explain.quality import abpc, flipping, infidelity, sensitivity
 from lineament.explain.relevance import Relevance, relevance
@@ -25,6 +25,7 @@ __all__ = [
     "OPERATORS",
     "RULES",
     "AlphaBeta",
+    "DeepLift",
     "Dynamic",
     "Effects",
     "Epsilon",

@@ -1,23 +1,30 @@
 """Attribution that is no rule set: along a path, over noise, by leaving out, by attention alone.
 
-Sources: integrated gradients (Sundararajan et al. 2017) with layer conductance (Dhamdhere et al. 2019), SmoothGrad
-(Smilkov et al. 2017), occlusion (Zeiler and Fergus 2014), attention rollout (Abnar and Zuidema 2020).
+Sources: integrated gradients (Sundararajan et al. 2017) with layer conductance (Dhamdhere et al. 2019), DeepLIFT
+(Shrikumar et al. 2017), SmoothGrad (Smilkov et al. 2017), occlusion (Zeiler and Fergus 2014), attention rollout (Abnar
+and Zuidema 2020).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from lineament._base.errors import InputError
 from lineament._base.seeds import generator
 from lineament.explain.ledger import Ledger
-from lineament.explain.recording import accepts, prepared
+from lineament.explain.operators import ACTIVATIONS
+from lineament.explain.products import NEAR_ZERO
+from lineament.explain.recording import accepts, prepared, record
 from lineament.explain.relevance import Explainer, Relevance
-from lineament.explain.targets import Target, selected
+from lineament.explain.rules import GRADIENT
+from lineament.explain.sweep import Step, Sweep, plan
+from lineament.explain.tape import Tape, Values, build
+from lineament.explain.targets import Target, scores_of, selected
 from lineament.graph import Where, capture, patch
 
 
@@ -57,8 +64,6 @@ def _scores(model: nn.Module, inputs: Mapping[str, Any], places: Any) -> Tensor:
     output = model(*positional, **given)
     if callable(places):
         return places(output)
-    from lineament.explain.targets import scores_of
-
     return scores_of(output)[places]
 
 
@@ -268,6 +273,59 @@ class Rollout:
         return result
 
 
+@dataclass(frozen=True)
+class DeepLift:
+    """DeepLIFT's rescale rule: slopes from the baseline to the input, (y - y0) / (x - x0), at every activation.
+
+    Relevances add up to f(x) - f(baseline) where the model is made of linear maps and activations; f(baseline) stands
+    in the column "constants". Max-pooling and products are passed by their gradient.
+    """
+
+    def __call__(
+        self, model: nn.Module, given: dict[str, Any], target: Target, places: Sequence[Where], baseline: Any
+    ) -> Relevance:
+        """Explain."""
+        if places:
+            raise InputError("deep-lift explains inputs only; drop `at`")
+        with prepared(model):
+            at = points(model, given, target)
+            if at.tokens:
+                raise InputError("deep-lift needs a floating-point input; pass inputs_embeds instead of token numbers")
+            start = _baseline(baseline, at.values)
+            tapes, scores = zip(*(_taped(at, values) for values in (at.values, start)), strict=True)
+            if tapes[0].names != tapes[1].names:
+                raise InputError("the model runs other operators at the baseline, so there is nothing to compare")
+            rules = replace(GRADIENT, operators=dict.fromkeys(ACTIVATIONS, _rescale(Values(tapes[1]))))
+            sweep = Sweep(tapes[0], plan(tapes[0], rules, model), counting=False, coefficients_only=True)
+            sweep.seed(0, 0, torch.ones_like(scores[0]))
+            sweep.run()
+        found = {name: sum(sweep.inputs[name]) * (x - start[name]) for name, x in at.values.items()}
+        result = _relevance(at, found, scores[0], "deep-lift")
+        result.ledger.columns["constants"] = float(scores[1].sum(dtype=torch.float64))
+        return result
+
+
+def _taped(at: Points, values: Mapping[str, Tensor]) -> tuple[Tape, Tensor]:
+    """Run the model somewhere; return its tape and the explained outputs [B]."""
+    choose = at.places if callable(at.places) else lambda output: scores_of(output)[at.places]
+    recording = record(at.model, {**at.given, **values}, target=choose)
+    edge = get_gradient_edge(recording.scored)
+    return build(edge.node, recording), recording.scored.detach()
+
+
+def _rescale(reference: Values) -> Callable[[Step], None]:
+    """Return the rule of activations: slopes between the values here and those on another tape of the same model."""
+
+    def rule(s: Step) -> None:
+        c, (child, k) = s.coef(), s.edges[0]
+        x, y = s.value(0) - reference.get(child, k), s.result() - reference.get(s.index)
+        near, slope = x.abs() < NEAR_ZERO, s.vjp(c)[0]
+        assert slope is not None
+        s.send(0, coef=torch.where(near, slope, c * y / torch.where(near, 1.0, x)))
+
+    return rule
+
+
 def _nothing_else(name: str, places: Sequence[Where], baseline: Any) -> None:
     if places:
         raise InputError(f"{name} explains inputs only; drop `at`")
@@ -278,6 +336,7 @@ def _nothing_else(name: str, places: Sequence[Where], baseline: Any) -> None:
 METHODS: dict[str, Callable[..., Explainer]] = {
     "integrated-gradients": IntegratedGradients,
     "smoothgrad": SmoothGrad,
+    "deep-lift": DeepLift,
     "occlusion": Occlusion,
     "rollout": Rollout,
 }

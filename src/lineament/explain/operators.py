@@ -326,6 +326,13 @@ def _named(rule: Callable, names: str) -> dict[str, Callable]:
     return dict.fromkeys(names.split(), rule)
 
 
+_ZERO_AT_ZERO = (
+    "Relu LeakyRelu Gelu Silu Tanh Erf Abs Sqrt Elu Mish Hardswish Hardtanh Softshrink Hardshrink "
+    "Threshold Sin Log1P Expm1 Asinh Atan"
+)
+ACTIVATIONS = (*_ZERO_AT_ZERO.split(), "Sigmoid", "Softplus", "Exp", "LogSigmoid", "Hardsigmoid", "Pow")
+"""Unary functions that are not linear."""
+
 OPERATORS: dict[str, Callable[["Step"], None]] = {
     **_named(
         arranging,
@@ -344,11 +351,7 @@ OPERATORS: dict[str, Callable[["Step"], None]] = {
         "ScatterAdd UpsampleBilinear2D UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D UpsampleBilinear2DAa",
     ),
     **_named(products.product, "Mul Div"),
-    **_named(
-        activation,
-        "Relu LeakyRelu Gelu Silu Tanh Erf Abs Sqrt Elu Mish Hardswish Hardtanh Softshrink Hardshrink Threshold Sin "
-        "Log1P Expm1 Asinh Atan",
-    ),
+    **_named(activation, _ZERO_AT_ZERO),
     **_named(
         tangent,
         "Exp Exp2 Sigmoid Softplus LogSigmoid Cos Log Rsqrt Reciprocal Hardsigmoid Clamp ClampMin ClampMax Var Std "

@@ -115,7 +115,7 @@ class Sweep:
     """(node, output) -> names of the taps there."""
     channels: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     coefficients_only: bool = False
-    """At taps, give coefficients rather than relevance."""
+    """At taps and inputs, give coefficients rather than relevance (the ledger then says nothing)."""
 
     def __post_init__(self) -> None:
         self.values = Values(self.tape)
@@ -148,7 +148,7 @@ class Sweep:
         for k in list(step.messages):
             self._tap(step, k)
         if index in tape.leaves:
-            found = step.rel(0)
+            found = step.coef(0) if self.coefficients_only else step.rel(0)
             self.inputs.setdefault(tape.leaves[index], []).append(found)
             self.ledger.absorb("inputs", found)
             self.ledger.absorb("inputs_absolute", found.abs())
