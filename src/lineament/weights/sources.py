@@ -90,7 +90,8 @@ def _of_files(model: Any, *, base: Any, lora: str, any_base: bool, dequantise: b
         weights, folder = model, None
     else:
         path = Path(model)
-        if not (path.is_file() and path.suffix != ".gguf"):
+        if not path.is_dir() and (path.suffix == ".gguf" or not path.is_file()):
+            # only now: the models' room registers classes with transformers, which takes seconds
             from lineament.models.load import find_model
 
             path = find_model(model)
