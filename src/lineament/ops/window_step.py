@@ -53,34 +53,44 @@ def windowed_step_(
     """
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, phi_q, phi_k, log_scale)):
         raise RuntimeError("windowed_step_ writes in place and has no gradient; use windowed_linear_attention to train")
-    far, keys, values, features, count = state
-    B, Hk, slots, K = keys.shape
-    V, wide = v.shape[-1], far.dtype
+    far, features, count = state.far, state.features, state.count
     if phi_q is None or phi_k is None or log_scale is None or not features.shape[-1]:
         phi_q = phi_k = log_scale = None
     if phi_k is not None and log_decay is not None:
-        far.mul_(log_decay.to(wide).exp()[..., None, None])
+        far.mul_(log_decay.to(far.dtype).exp()[..., None, None])
     counts = count.tolist()
-    write = _write_even_ if counts.count(counts[0]) == B else _write_uneven_
+    write = _write_even_ if counts.count(counts[0]) == len(counts) else _write_uneven_
     write(state, k, v, phi_k, counts, window, sinks, outer)
     count.add_(1)
+    if log_decay is not None and logits and phi_q is not None and log_scale is not None:
+        phi_q, total = code_shares(phi_q, outer)  # cells may have faded: only shares are safe
+        log_scale, logits = log_scale + total, False
+    return _wide(_look(q, phi_q, log_scale, state, counts, relative, outer, logits), v.dtype).view(*q.shape[:2], -1)
+
+
+def _look(
+    q: Tensor, phi_q: Tensor | None, log_scale: Tensor | None, state: WindowState, counts: list[int], relative: bool,
+    outer: int, logits: bool,
+) -> Tensor:  # fmt: skip
+    """Read a state that the token has been written to already; `counts` are those before it. [B Hk, r, V]."""
+    far, keys, values, _, count = state
+    B, Hk, slots, K = keys.shape
     if not slots and phi_q is not None:
         phi_q = expanded(code_shares(phi_q, outer)[0] if logits else phi_q, outer)
-        out = torch.matmul(phi_q.view(B, Hk, -1, far.shape[2]).to(wide), far)
-        return (out[..., :-1] / (out[..., -1:] + EPS)).to(v.dtype).view(B, -1, V)
-    near = _wide(torch.bmm(q.reshape(B * Hk, -1, K), keys.view(-1, slots, K).mT), wide)
+        out = torch.matmul(phi_q.view(B, Hk, -1, far.shape[2]).to(far.dtype), far)
+        return out[..., :-1] / (out[..., -1:] + EPS)
+    near = _wide(torch.bmm(q.reshape(B * Hk, -1, K), keys.view(-1, slots, K).mT), far.dtype)
     if min(counts) < slots - 1:
         empty = torch.arange(slots, device=q.device) >= count[:, None]
         near.view(B, -1, slots).masked_fill_(empty[:, None], -torch.inf)
     if phi_q is None or log_scale is None or max(counts) < slots:  # nothing is far yet
-        weight = _wide(torch.softmax(near, -1), values.dtype)
-        return torch.bmm(weight, values.view(-1, slots, V)).view(B, -1, V)
-    if logits and log_decay is None and min(counts) >= slots:
-        return _wide(_read_cells(near, phi_q, log_scale, state, outer), v.dtype).view(B, -1, V)
+        return torch.bmm(_wide(torch.softmax(near, -1), values.dtype), values.view(-1, slots, values.shape[-1]))
+    if logits and min(counts) >= slots:
+        return _read_cells(near, phi_q, log_scale, state, outer)
     if logits:
         phi_q, total = code_shares(phi_q, outer)
         log_scale = log_scale + total
-    return _read(near, expanded(phi_q, outer), log_scale, state, relative).to(v.dtype).view(B, -1, V)
+    return _read(near, expanded(phi_q, outer), log_scale, state, relative)
 
 
 def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
