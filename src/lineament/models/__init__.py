@@ -25,11 +25,13 @@
 - `load_model(name)`: a model in its own format, every key accounted for. `FLA`: fla's families, read without fla.
 - `sequence_parallel_loss(model, input_ids)`: sequences spread over ranks; `average_gradients_(model)` without DDP.
 - `Terminator(TerminatorConfig(...))`, `TERMINATOR_CIFAR`: classifiers of images and sequences by hyper-kernels.
+- `dense_classifier(sizes)`, `ResidualClassifier()`: small nets on images, for studies of weight space.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
 from lineament.models.adapters import ADAPTERS, Adapter, adapter_for, attentions, head_shape, sliding_layers
 from lineament.models.cache import StudentCache
+from lineament.models.classifiers import ResidualClassifier, dense_classifier
 from lineament.models.decoder import DecoderConfig, DecoderForCausalLM, DecoderModel, register_decoder
 from lineament.models.encoder import build_encoder, encoder_mixers, register_encoders
 from lineament.models.families import FAMILIES, Family, decoder_config, full_layers, match_parameters, parameters
@@ -68,6 +70,7 @@ __all__ = [
     "DecoderModel",
     "Family",
     "Prefilled",
+    "ResidualClassifier",
     "SpedUp",
     "StudentCache",
     "Terminator",
@@ -80,6 +83,7 @@ __all__ = [
     "cache_nbytes",
     "config_for",
     "decoder_config",
+    "dense_classifier",
     "encoder_mixers",
     "find_model",
     "full_layers",

@@ -9,7 +9,8 @@
   graph and checked; `match(points, symmetry) -> list[Element]` brings models onto each other. `repair` and
   `reset_batch_norm` mend a merged net's statistics; `alignment` compares singular vectors.
 - `path(model, a, b, batches) -> Path` (`.barrier`); `bent` trains a curve; `layerwise`, `second_order`, `plane`,
-  `fork` and `geometry` look at the landscape around it.
+  `fork` and `geometry` look at the landscape around it. `trained` and `compared`: classifiers trained
+  apart, and their line in four arms.
 """
 
 from lineament.weights.alignment import Alignment, alignment
@@ -23,12 +24,14 @@ from lineament.weights.landscape import (
     fork,
     geometry,
     layerwise,
+    module_of,
     plane,
     second_order,
 )
 from lineament.weights.match import match
 from lineament.weights.merge import merge
 from lineament.weights.methods import METHODS, Method
+from lineament.weights.pairs import ARMS, Compared, classifiers, compared, images_in_batches, trained
 from lineament.weights.path import Path, bent, path
 from lineament.weights.point import Point, Source, Spec
 from lineament.weights.repair import repair, reset_batch_norm
@@ -37,8 +40,10 @@ from lineament.weights.straight_through import straight_through
 from lineament.weights.symmetry import Symmetry, SymmetryError, symmetry
 
 __all__ = [
+    "ARMS",
     "METHODS",
     "Alignment",
+    "Compared",
     "Element",
     "Fork",
     "Geometry",
@@ -53,13 +58,17 @@ __all__ = [
     "SymmetryError",
     "alignment",
     "bent",
+    "classifiers",
+    "compared",
     "fisher",
     "fork",
     "geometry",
     "grams",
+    "images_in_batches",
     "layerwise",
     "match",
     "merge",
+    "module_of",
     "path",
     "plane",
     "prediction_loss",
@@ -69,4 +78,5 @@ __all__ = [
     "second_order",
     "straight_through",
     "symmetry",
+    "trained",
 ]

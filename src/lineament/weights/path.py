@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lineament import train
 from lineament._base.errors import InputError
 from lineament.weights.evaluate import Bound, Loss, Scorer, between, parameters_of, prediction_loss, score
+from lineament.weights.repair import NORMS, repair
 
 Split = Mapping[str, Mapping[str, tuple[tuple[float, float], ...]]]
 Point = Mapping[str, Tensor]
@@ -93,7 +94,8 @@ def path(
         bend: the control point of a quadratic Bezier curve (see `bent`), instead of straight lines.
         points: places on each piece, ends included.
         reset: training batches from which batch-norm statistics are taken anew at every place; without it a net with
-            batch norm shows a barrier that is mostly stale statistics.
+            batch norm shows a barrier that is mostly stale statistics. A net without batch norm gets `repair` there
+            instead (straight paths only).
 
     Raises:
         InputError: fewer than three points, both `through` and `bend`, no batches.
@@ -101,8 +103,8 @@ def path(
     Example:
         >>> net = nn.Linear(1, 2)
         >>> data = [(torch.ones(4, 1), torch.zeros(4, dtype=torch.long))]
-        >>> path(net, net.state_dict(), net.state_dict(), data).barrier
-        0.0
+        >>> path(net, net.state_dict(), net.state_dict(), data).barrier < 1e-6
+        True
     """
     if points < 3:
         raise InputError(f"points is {points}; a barrier needs at least three places")
@@ -110,11 +112,15 @@ def path(
         raise InputError("give through or bend, not both")
     splits = dict(batches) if isinstance(batches, Mapping) else {"data": batches}
     splits = {name: list(of) for name, of in splits.items()}
-    scorer = Scorer(model, loss, reset)
+    reset = None if reset is None else list(reset)
+    mended = reset is not None and not any(isinstance(module, NORMS) for module in model.modules())
+    if mended and (through or bend is not None):
+        raise InputError("REPAIR of nets without batch norm is for straight paths: leave out reset, through or bend")
+    scorer = Scorer(model, loss, None if mended else reset)
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in splits}
     places = list(_places(a, b, through, bend, points))
-    for _, parts, shares in places:
-        scorer.move(between(parts, shares))
+    for t, parts, shares in places:
+        scorer.move(repair(model, a, b, reset, t=t) if mended and reset else between(parts, shares))
         for split, of in splits.items():
             for name, pair in score(scorer.model, of, scorer.loss).items():
                 curves[split].setdefault(name, []).append(pair)

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lineament._base.errors import InputError
+from lineament.weights.evaluate import between
+
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -72,14 +75,18 @@ def repair(
 
     Returns:
         The state dict of the merged net.
-    """
-    from lineament.weights.evaluate import between
 
+    Raises:
+        InputError: a layer of a net without batch norm has no bias.
+    """
     batches = list(batches)
     merged = copy.deepcopy(model).eval()
     merged.load_state_dict(between([a, b], [1 - t, t]))
     if any(isinstance(module, NORMS) for module in model.modules()):
         return reset_batch_norm(merged, batches).state_dict()
+    bare = [n for n, layer in model.named_modules() if isinstance(layer, LAYERS) and layer.bias is None]
+    if bare:
+        raise InputError(f"REPAIR moves biases, and the layer {bare[0]} has none")
     ends = []
     for state in (a, b):
         end = copy.deepcopy(model).eval()
@@ -95,12 +102,7 @@ def repair(
             layer: Any = merged.get_submodule(name)
             scale = deviation / found[name][1].clamp_min(1e-8)
             layer.weight.mul_(scale.view(-1, *([1] * (layer.weight.dim() - 1))))
-            bias = layer.bias if layer.bias is not None else torch.zeros_like(mean)
-            moved = (bias - found[name][0]) * scale + mean
-            if layer.bias is None:
-                layer.bias = nn.Parameter(moved)
-            else:
-                layer.bias.copy_(moved)
+            layer.bias.copy_((layer.bias - found[name][0]) * scale + mean)
     return merged.state_dict()
 
 

@@ -1,0 +1,61 @@
+"""Small image classifiers to study weight space on: a plain MLP, and a ResNet of the size of ResNet20."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def dense_classifier(sizes: Sequence[int]) -> nn.Sequential:
+    """Return flatten, then linear layers of these sizes with ReLU between them.
+
+    Example:
+        >>> dense_classifier((64, 32, 10))(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inward, outward in itertools.pairwise(sizes):
+        layers += [nn.Linear(inward, outward), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm beside a shortcut (1x1 where the shape changes; He et al. 2016)."""
+
+    def __init__(self, inward: int, outward: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(inward, outward, 3, stride, 1, bias=False), nn.BatchNorm2d(outward)
+        self.conv2, self.norm2 = nn.Conv2d(outward, outward, 3, 1, 1, bias=False), nn.BatchNorm2d(outward)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inward != outward:
+            self.shortcut = nn.Sequential(nn.Conv2d(inward, outward, 1, stride, bias=False), nn.BatchNorm2d(outward))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+        return torch.relu(y + self.shortcut(x))
+
+
+class ResidualClassifier(nn.Module):
+    """A ResNet for small images: a stem, stages of doubling width and halving size, mean, linear.
+
+    The defaults are ResNet20's (16, 32, 64 channels, 3 blocks each) for one input channel.
+
+    Example:
+        >>> ResidualClassifier()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, *, channels: int = 1, width: int = 16, stages: int = 3, blocks: int = 3, classes: int = 10):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        layers, inward = [], width
+        for stage in range(stages):
+            for block in range(blocks):
+                outward = width * 2**stage
+                layers.append(ResidualBlock(inward, outward, 2 if stage and not block else 1))
+                inward = outward
+        self.blocks, self.head = nn.Sequential(*layers), nn.Linear(inward, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
