@@ -6,14 +6,16 @@
 - `merge(points, method, base=..., **options) -> Point`: every row of `METHODS`; `fisher` and `grams` measure what the
   merges of those names need.
 - `symmetry(model, *args, **kwargs) -> Symmetry`: the permutations that leave a model's function alone, derived from its
-  graph and checked; `match(points, symmetry) -> list[Element]` brings models onto each other. `repair` and
-  `reset_batch_norm` mend a merged net's statistics; `alignment` compares singular vectors.
+  graph and checked; `match(points, symmetry) -> list[Element]` brings models onto each other; `continuous` finds
+  scalings, signs and rotations. `repair` and `reset_batch_norm` mend a merged net's statistics; `alignment` compares
+  singular vectors.
 - `path(model, a, b, batches) -> Path` (`.barrier`); `bent` trains a curve; `layerwise`, `second_order`, `plane`,
   `fork` and `geometry` look at the landscape around it. `trained` and `compared`: classifiers trained
   apart, and their line in four arms.
 """
 
 from lineament.weights.alignment import Alignment, alignment
+from lineament.weights.continuous import Family, continuous
 from lineament.weights.elements import Element
 from lineament.weights.evaluate import prediction_loss, score
 from lineament.weights.landscape import (
@@ -45,6 +47,7 @@ __all__ = [
     "Alignment",
     "Compared",
     "Element",
+    "Family",
     "Fork",
     "Geometry",
     "Method",
@@ -60,6 +63,7 @@ __all__ = [
     "bent",
     "classifiers",
     "compared",
+    "continuous",
     "fisher",
     "fork",
     "geometry",

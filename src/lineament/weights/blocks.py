@@ -48,8 +48,16 @@ def block(x: Tensor, trees: Sequence[Tree], place: Place, classes: Sequence[Axis
         >>> block(torch.zeros(6, 5), trees, place, (head, unit), 1).shape
         torch.Size([2, 3, 5])
     """
+    x, kept = laid_out(x, trees, place, classes, cls)
+    return x.reshape(*x.shape[:kept], -1)
+
+
+def laid_out(
+    x: Tensor, trees: Sequence[Tree], place: Place, classes: Sequence[AxisClass], cls: int
+) -> tuple[Tensor, int]:
+    """Return a view of x as [outer sizes ..., n, other dimensions ...], and how many come first."""
     labels: list[int | None] = [None] * x.dim()
-    outer = classes[cls].outer
+    outer, behind = classes[cls].outer, 0
     for dim in reversed(range(x.dim())):  # from the last on, so that earlier dimensions keep their numbers
         tree = trees[dim]
         if dim == place.dim:
@@ -60,8 +68,7 @@ def block(x: Tensor, trees: Sequence[Tree], place: Place, classes: Sequence[Axis
     at = x.dim() - behind
     order = [_nearest(labels, o, at) for o in outer] + [at]
     rest = [i for i in range(x.dim()) if i not in order]
-    x = x.permute(*order, *rest)
-    return x.reshape(*x.shape[: len(order)], -1)
+    return x.permute(*order, *rest), len(order)
 
 
 def _opened(x: Tensor, dim: int, tree: Tree, labels: list[int | None]) -> Tensor:

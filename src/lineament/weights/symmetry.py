@@ -190,15 +190,20 @@ class Trial:
 
     def error(self, element: Element) -> float:
         """Return the largest change of an output, relative to the largest entry."""
+        after = self.outputs_at(element)
+        top = max((float(x.abs().max()) for x in self.before if x.numel()), default=1.0) or 1.0
+        gap = max((float((x - y).abs().max()) for x, y in zip(self.before, after, strict=True) if x.numel()), default=0)
+        return gap / top if math.isfinite(gap) else math.inf
+
+    def outputs_at(self, element: Element) -> list[Tensor]:
+        """Return the outputs after an element has moved the copy."""
         for step in ([] if self.at is None else [self.at.inverse()]) + [element]:
             for name, x in self.state.items():
                 moved = step.act(name, x)
                 if moved is not x:
                     x.copy_(moved)
-        self.at, after = element, self.outputs()
-        top = max((float(x.abs().max()) for x in self.before if x.numel()), default=1.0) or 1.0
-        gap = max((float((x - y).abs().max()) for x, y in zip(self.before, after, strict=True) if x.numel()), default=0)
-        return gap / top if math.isfinite(gap) else math.inf
+        self.at = element
+        return self.outputs()
 
 
 class _Double(TorchFunctionMode):
