@@ -29,7 +29,7 @@ Spot = tuple[str, Place]
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """Multiply a class by factors [outer sizes ..., n], to the power of each place's exponent; signs are factors too."""
+    """Multiply a class by factors [outer sizes ..., n] to the power of each place's exponent; signs too."""
 
     classes: Sequence[AxisClass]
     trees: Trees
