@@ -21,7 +21,7 @@ from lineament.explain.rules import ATTNLRP
 from lineament.report import machine, versions
 
 HERE = Path(__file__).parent
-SIZES = ((4, 64, 32), (4, 256, 512), (8, 256, 512), (16, 256, 512))
+SIZES = ((4, 64, 32), (4, 256, 512), (8, 256, 512))
 """Layers, width, tokens of the language model."""
 
 

@@ -139,3 +139,11 @@ def test_wrong_pairs_and_names_are_refused():
         explain.effects(model, clean, clean, difference, MLPS, method="rlp")
     with pytest.raises(ValueError, match="no module is called 'mlp'"):
         explain.effects(model, clean, clean, difference, "mlp")
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "relp", "cp-lrp"])
+def test_coefficients_without_a_ledger_are_those_with_one(rules):
+    model, _, inputs = llama()
+    options = {"rules": explain.RULES[rules](), "at": ["model.layers.0"], "coefficients_only": True}
+    found = [propagate(model, inputs, target=difference, counting=c, **options).sweep.at for c in (True, False)]
+    torch.testing.assert_close(found[0]["model.layers.0"], found[1]["model.layers.0"])

@@ -52,6 +52,9 @@ def bilinear(s: "Step", first: int, second: int) -> None:
 
 def fused(s: "Step") -> None:
     """softmax(q k^T scale + mask) v in one node; the pattern is computed again, some rows at a time."""
+    if not s.counting and s.rules.softmax == "propagate" and s.rules.attention != "values" and s.half() is None:
+        _native(s)
+        return
     c, (q, k, v) = s.coef(), (s.value(i) for i in range(3))
     groups = q.shape[-3] // k.shape[-3]
     k, v = (x.repeat_interleave(groups, -3) if groups > 1 else x for x in (k, v))
@@ -70,6 +73,15 @@ def fused(s: "Step") -> None:
         found = found.unflatten(-3, (-1, groups)).sum(-3) if groups > 1 and position else found
         if position == 2 or s.rules.softmax == "propagate":
             s.send(position, coef=found)
+
+
+def _native(s: "Step") -> None:
+    """Without a ledger, the node's own derivative and the shares of the two products will do."""
+    share = 0.5 if s.rules.attention == "half" else 1.0
+    to_q, to_k, to_v = s.vjp(s.coef(), *[None] * (len(s.tape.shapes[s.index]) - 1))[:3]
+    for position, found, part in ((0, to_q, share**2), (1, to_k, share**2), (2, to_v, share)):
+        if found is not None:
+            s.send(position, coef=found * part)
 
 
 def _mask(s: "Step", raw: Tensor, start: int) -> Tensor | None:

@@ -234,7 +234,8 @@ def _weights(s: "Step", position: int) -> tuple[Tensor, Callable, Callable]:
     if s.name == "GroupedMm":
         call, offsets = s.tape.calls[s.index], s.argument("offs")
         return w, lambda x, w: call.run([x, w])[0], lambda t, w: _grouped(t, w, offsets)
-    w = w * s.argument("alpha", 1)
+    alpha = s.argument("alpha", 1)
+    w = w if alpha == 1 else w * alpha
     if position == first:
         return w, lambda x, w: x @ w, lambda t, w: t @ w.mT if w.dim() > 1 else t[..., None] * w
     return w, lambda x, w: w @ x, lambda t, w: w.mT @ t
