@@ -117,7 +117,7 @@ def subsampled(
         raise InputError(
             f"{type(model).__name__} does not use transformers' attention interface; it can't be subsampled"
         )
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "eager"
     configs = _configs(model)
     held = [vars(config).get(FIELD) for config in configs]
     try:

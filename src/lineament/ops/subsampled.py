@@ -166,7 +166,8 @@ def _blocks(x: Tensor, index: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Dense attention of blocks: q [B, N, Hq, W, K], k, v [B, N, H, w, .], mask [B, N, h, W, w] -> [B, N, W, Hq, V]."""
     blocks = q.shape[1]
-    q, k, v, mask = (None if x is None else x.flatten(0, 1) for x in (q, k, v, mask))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    mask = None if mask is None else mask.flatten(0, 1)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     out = sdpa(q, k, v, mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])
     return out.unflatten(0, (-1, blocks)).transpose(2, 3)
