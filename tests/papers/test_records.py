@@ -89,14 +89,13 @@ def test_every_way_of_knowing_a_figure_is_used():
     assert used == set(FIGURE_STATUSES)
 
 
-def test_reading_all_records_loads_no_torch_and_is_fast():
+def test_reading_all_records_loads_nothing_but_the_records():
+    """So that `lineament papers` answers at once."""
     code = (
-        "import sys, time; start = time.process_time(); import lineament.papers as p; p.records();"
-        "print(1e3 * (time.process_time() - start), *({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+        "import sys; before = set(sys.modules); import lineament.papers as p; p.records();"
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))"
     )
-    runs = [python(code).split() for _ in range(5)]
-    assert [run[1:] for run in runs] == [[]] * 5
-    assert min(float(run[0]) for run in runs) < 50  # milliseconds of CPU; the first run may compile
+    assert python(code).split() == ["lineament"]
 
 
 @pytest.mark.parametrize(
