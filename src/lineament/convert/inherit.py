@@ -40,9 +40,8 @@ def mixer_configs(
             options["codes"] = list(codes[layer])
         if plan.mixer == "lightning":
             options = {"layer": layer, "layers": layers, **options}
-        found[layer] = MixerConfig(
-            kind=plan.mixer, window=plan.window, sinks=plan.sinks, full_heads=kept, options=options, **shape
-        )
+        near: dict[str, Any] = {"window": plan.window, "sinks": plan.sinks, "full_heads": kept}
+        found[layer] = MixerConfig(kind=plan.mixer, options=options, **near, **dict[str, Any](shape))
     return found
 
 

@@ -50,7 +50,7 @@ class Points:
                 inputs[name] = x
         changes: AbstractContextManager[Any] = nullcontext()
         if embedded is not None:
-            layer = self.model.get_input_embeddings()
+            layer = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
             changes = patch(self.model, {lambda name, module: module is layer: lambda m, a, k, o: embedded})
         with changes:
             return _scores(self.model, inputs, self.places)
@@ -63,7 +63,7 @@ def _scores(model: nn.Module, inputs: Mapping[str, Any], places: Any) -> Tensor:
         given["use_cache"] = False
     output = model(*positional, **given)
     if callable(places):
-        return places(output)
+        return places(output)  # pyright: ignore[reportReturnType]
     return scores_of(output)[places]
 
 
@@ -76,7 +76,7 @@ def points(model: nn.Module, given: Mapping[str, Any], target: Target) -> Points
             name = next((k for k in ("input_ids", "input") if isinstance(given.get(k), Tensor)), None)
             if name is None or not hasattr(model, "get_input_embeddings"):
                 raise InputError("no floating-point input and no embedding of token numbers to move along")
-            values, tokens = {name: model.get_input_embeddings()(given[name]).detach()}, frozenset([name])
+            values, tokens = {name: model.get_input_embeddings()(given[name]).detach()}, frozenset([name])  # pyright: ignore[reportCallIssue]
         inputs = dict(given)
         positional = (inputs.pop(""),) if "" in inputs else ()
         output = model(*positional, **inputs)
@@ -255,10 +255,10 @@ class Rollout:
         with prepared(model), torch.no_grad():
             at = points(model, given, target)
             try:
-                model.set_attn_implementation("eager")
+                model.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
                 output = model(**{**given, "output_attentions": True})
             finally:
-                model.set_attn_implementation(before)
+                model.set_attn_implementation(before)  # pyright: ignore[reportCallIssue]
         patterns = getattr(output, "attentions", None)
         if not patterns or patterns[0] is None:
             raise InputError(f"{type(model).__name__} returns no attention patterns")

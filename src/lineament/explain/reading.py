@@ -155,7 +155,7 @@ def explain_image(model: str, image: str | Path, *, target: int | None = None, r
     shown = pixels[0].permute(1, 2, 0)
     shown = (shown - shown.min()) / (shown.max() - shown.min()).clamp_min(1e-9)
     return Explained(
-        model=model, target=str((net.config.id2label or {}).get(label, label)), value=float(found.value[0]),
+        model=model, target=str((net.config.id2label or {}).get(label, label)), value=float(found.value[0]),  # pyright: ignore[reportCallIssue]
         rules=found.rules, ledger=found.ledger, pixels=found.inputs["pixel_values"][0].sum(0).tolist(),
         picture=shown.numpy(),
     )  # fmt: skip

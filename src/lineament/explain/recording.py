@@ -188,7 +188,7 @@ def record(model: nn.Module, inputs: Mapping[str, Any], at: Sequence[Where] = ()
     given = dict(found.inputs)
     positional = (given.pop(""),) if "" in given else ()
     if "use_cache" not in given and accepts(model, "use_cache"):
-        given["use_cache"] = False
+        given["use_cache"] = False  # pyright: ignore[reportArgumentType]
     with ExitStack() as hooks:
         try:
             _watch(model, found, at, hooks)

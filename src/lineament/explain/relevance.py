@@ -95,7 +95,7 @@ def relevance(
     chosen = rules_of(rules, model)
     run = propagate(model, given, target=target, rules=chosen, at=places)
     at_found = {name: found[0] if len(found) == 1 else tuple(found) for name, found in run.sweep.at.items()}
-    tokens = {name: sum(found) for name, found in run.sweep.inputs.items()}
+    tokens: dict[str, Any] = {name: sum(found) for name, found in run.sweep.inputs.items()}
     ids = {name for name in tokens if not given[name].is_floating_point()}
     return Relevance(
         inputs={name: x.sum(-1) if name in ids else x for name, x in tokens.items()},

@@ -313,7 +313,7 @@ class Step:
         found = found if isinstance(found, tuple) else (found,)
         pairs = zip(found, self.edges, strict=False)
         return [
-            None if g is None or child < 0 else wide(g).sum_to_size(self.tape.shapes[child][k])
+            None if g is None or child < 0 else wide(g).sum_to_size(self.tape.shapes[child][k])  # pyright: ignore[reportArgumentType]
             for g, (child, k) in pairs
         ]
 
@@ -330,7 +330,7 @@ class Step:
                 continue
             for position, found in enumerate(self.vjp(*given)):
                 if found is not None:
-                    self.send(position, **{part: found})
+                    self.send(position, **{part: found})  # pyright: ignore[reportArgumentType]
 
     def _is_bias(self, child: int) -> bool:
         return self.name == "Add" and self.tape.names[child] == LEAF and len(self.tape.shapes[child][0]) == 1

@@ -388,7 +388,7 @@ def gather(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, **option
 def index(walk: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> Value:
     used = [(i, value) for i, value in enumerate(indices) if value is not None]
     sizes = shape(node)
-    if any("bool" in str(n.meta["val"].dtype) for n in node.args[1] if n is not None):
+    if any("bool" in str(n.meta["val"].dtype) for n in node.args[1] if n is not None):  # pyright: ignore[reportOptionalIterable, reportGeneralTypeIssues]
         return walk.opaque(node, [x, *(value for _, value in used)])
     where = broadcast([value for _, value in used], node.name).dims
     hidden = x.hidden

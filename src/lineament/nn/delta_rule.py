@@ -55,7 +55,7 @@ class DeltaRule(Recurrent):
         with torch.no_grad():
             self.bias.copy_(spread_rates(self.bias))
             least = 1.0 if self.channels else 1e-4
-            self.rate.copy_(torch.empty_like(self.rate).uniform_(least, 16.0).log() if self.floor is None else 0.0)
+            self.rate.uniform_(least, 16.0).log_() if self.floor is None else self.rate.zero_()
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Terms:
         """Gate by x."""

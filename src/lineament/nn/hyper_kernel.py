@@ -59,6 +59,7 @@ class HyperKernel(nn.Module):
         self.shift = nn.Parameter(torch.zeros([size] * axes))
         with torch.no_grad():
             for i, wave in enumerate(self.waves):
+                assert isinstance(wave, nn.Linear)
                 gamma = torch._standard_gamma(torch.full_like(wave.weight, 6.0 / (i + 1)))
                 wave.weight.mul_(2 * math.pi * omega * gamma)
                 wave.bias.zero_()

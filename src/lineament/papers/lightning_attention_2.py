@@ -121,7 +121,7 @@ def _speed(repeats: int, longest: int) -> dict[str, dict[int, float]]:
             "dense": lambda: ((heads[0] @ heads[1].mT) * mask) @ heads[2],
             "token loop": lambda: decayed_attention(q, k, v, log_decay, backend="reference"),
             "sums": lambda: q[..., None, :] @ (k[..., None] * v[..., None, :]).cumsum(1),
-            "softmax": lambda: scaled_dot_product_attention(*heads, is_causal=True),
+            "softmax": lambda: scaled_dot_product_attention(*heads, is_causal=True),  # pyright: ignore[reportArgumentType]
         }
 
     found: dict[str, dict[int, float]] = {}

@@ -112,8 +112,8 @@ def _run(arm: str, seed: int, layers: int, epochs: int, members: int, lists: int
     with seeded(seed):
         model = IJepaForImageClassification(
             IJepaConfig(
-                image_size=8, patch_size=1, num_channels=1, num_labels=10, hidden_size=48, intermediate_size=192,
-                num_attention_heads=4, num_hidden_layers=layers, attn_implementation="sdpa",
+                image_size=8, patch_size=1, num_channels=1, num_labels=10, hidden_size=48, intermediate_size=192,  # pyright: ignore[reportCallIssue]
+                num_attention_heads=4, num_hidden_layers=layers, attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
                 initializer_range=48**-0.5,  # the default .02 is for wide models: 12 epochs then end at 59 % (dense)
             )
         )  # fmt: skip

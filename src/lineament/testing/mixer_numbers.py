@@ -22,7 +22,7 @@ def forced(mixer: nn.Module, backend: str) -> Iterator[bool]:
     before = [module.backend for module in found]
     try:
         for module in found:
-            module.backend = backend
+            module.backend = backend  # pyright: ignore[reportArgumentType]
         yield bool(found)
     finally:
         for module, name in zip(found, before, strict=True):
