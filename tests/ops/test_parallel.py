@@ -12,7 +12,7 @@ import torch
 
 from lineament.ops import Part, sequence_parallel, stretches
 
-WORKER = Path(__file__).with_name("parallel_worker.py")
+WORKER = Path(__file__).with_name("ops_parallel_worker.py")
 
 
 def spawn(world: int, script: Path, *arguments: str) -> None:
