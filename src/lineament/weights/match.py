@@ -84,9 +84,10 @@ def _element(symmetry: Symmetry, found: Permutation) -> Element:
 def _tensors(
     point: Mapping[str, Tensor], symmetry: Symmetry, without: Callable[[str], bool] | None
 ) -> dict[str, Tensor]:
-    """Read what the group moves, in float32; integer and fixed tensors have no part in the distance."""
+    """Read the parameters that the group moves, in float32. Running statistics are none: they would drown the rest."""
     found = {}
-    for name, trees in symmetry.axes.tensors.items():
+    for name in symmetry.axes.traced.parameters:
+        trees = symmetry.axes.tensors[name]
         if name not in point:
             raise InputError(f"a model has no tensor {name!r}; the symmetry group was derived for one that has")
         x = point[name].detach()
