@@ -1,7 +1,7 @@
 """Relevance beside zennit, captum and LXT: equality, and the cost beside LXT. Each peer runs in its own process.
 
-python -m venv /tmp/peers && /tmp/peers/bin/pip install torch==2.13.0 zennit captum lxt transformers
-python -m benchmarks.explain_peers /tmp/peers/bin/python
+python -m venv peers && peers/bin/pip install torch==2.13.0 zennit captum lxt transformers
+python -m benchmarks.explain_peers peers/bin/python
 """
 
 import json

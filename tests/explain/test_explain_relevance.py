@@ -51,6 +51,19 @@ def test_students_are_explained_as_softmax_models_are(kind):
     assert found.ledger.unaccounted <= 1e-9
 
 
+@pytest.mark.parametrize("softmax", ["propagate", "stop"])
+@pytest.mark.parametrize("attention", ["half", "gradient", "values"])
+def test_fused_attention_is_explained_as_its_products_are(attention, softmax):
+    model, inputs, target = make("llama", torch.float64)
+    rules = explain.Rules(attention=attention, softmax=softmax)
+    found = []
+    for form in ("sdpa", "eager"):
+        model.set_attn_implementation(form)
+        with InDouble():
+            found.append(explain.relevance(model, inputs, target=target, rules=rules).features["input_ids"])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["vit", "resnet-own", "lstm", "whisper"])
 def test_gradient_x_input_is_autograds(name):
     model, inputs, target = make(name, torch.float64)

@@ -1,6 +1,6 @@
 """One rank of tests/ops/test_parallel.py: every case on a stretch of the tokens, against the whole in one process.
 
-python parallel_worker.py OUT.json      (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment)
+python ops_parallel_worker.py OUT.json      (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment)
 """
 
 import json

@@ -104,12 +104,10 @@ def _rows(s: "Step", raw: Tensor, mask: Tensor | None, c: Tensor, v: Tensor) -> 
     kind, stop = s.rules.attention, s.rules.softmax == "stop"
     scores = raw if mask is None else raw + mask
     p = torch.nan_to_num(scores.softmax(-1))
+    if kind == "values":
+        return p, None
     share = 0.5 if kind == "half" else 1.0
     R = p * (c @ v.mT) * share
-    if kind == "values" and stop:
-        return p, None
-    if kind == "values":
-        raise NotImplementedError("attention='values' needs softmax='stop'")
     if kind == "gradient" and s.counting:
         s.absorb("remainder", -R)
     if stop:
