@@ -173,8 +173,8 @@ def decoder_config(
 
     Example:
         >>> config = decoder_config("kda", ratio="1:1", vocab_size=64, width=32, layers=4, heads=2)
-        >>> [config.lineament["layers"][str(i)]["full_heads"] for i in range(4)]
-        [[], [0, 1], [], [0, 1]]
+        >>> [len(layer["full_heads"]) for layer in config.lineament["layers"].values()]
+        [0, 2, 0, 2]
     """
     own = family(name)
     names = _per_layer(own, ratio, layers)

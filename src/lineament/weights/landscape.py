@@ -118,7 +118,7 @@ def _curvature(
 
 @dataclass(frozen=True)
 class Plane:
-    """The loss on a plane through three points: x and y in weight space, loss[y][x], and where the points are."""
+    """The loss on a plane through three points: x and y in weight space, the loss (a row per y), and where the points are."""
 
     x: tuple[float, ...]
     y: tuple[float, ...]
