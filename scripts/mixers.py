@@ -26,14 +26,13 @@ def verdict(name: str, law: str) -> str:
         size = {"model_width": model_width, "heads": heads, "key_heads": key_heads}
         return Mixer(*published(name, layer=1, layers=3, **size))
 
-    if law == "backends" and not any(hasattr(m, "backend") for m in make(4, 2, 16).modules()):
-        return "-"
     try:
-        check_mixer(make, case=MixerCase(length=37), begin=MixerCache, laws=[law], constant_state=name not in GROWS)
+        case, constant = MixerCase(length=37), name not in GROWS
+        held = check_mixer(make, case=case, begin=MixerCache, laws=[law], constant_state=constant)
     except Exception as error:  # a broken law is a row of the table, whatever broke it
         print(f"{name}, {law}: {type(error).__name__}: {error}", file=sys.stderr)
         return "NO"
-    return "yes"
+    return "yes" if held else "-"
 
 
 def main() -> int:

@@ -44,6 +44,13 @@ def test_a_split_takes_every_image_once_and_follows_the_seed():
     assert not torch.equal(parts[0].labels, carried("digits", split="train", seed=4).labels)
 
 
+def test_a_part_has_the_classes_of_the_whole(tmp_path):
+    pixels = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    write_idx(tmp_path, "train", pixels, torch.tensor([0, 1, 2], dtype=torch.uint8))
+    write_idx(tmp_path, "t10k", pixels, torch.tensor([0, 1, 1], dtype=torch.uint8))
+    assert [load_images(str(tmp_path), split=split).classes for split in ("train", "test")] == [3, 3]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_folder_of_idx_files(tmp_path, packed):
     pixels = torch.randint(0, 256, (5, 4, 3), dtype=torch.uint8)

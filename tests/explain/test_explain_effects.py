@@ -131,6 +131,18 @@ def test_direct_effects_of_the_last_mlp_are_those_of_relp():
     assert (direct[MLPS[0]] - relp[MLPS[0]]).abs().max() > 1e-3
 
 
+def test_direct_effects_of_what_attention_holds_are_those_of_what_it_writes():
+    model, clean, corrupt = llama()
+    for layer in range(2):
+        inside, written = (
+            explain.effects(model, clean, corrupt, difference, site, method="direct").scores
+            for site in (f"blocks.{layer}.attn.hook_z", f"model.layers.{layer}.self_attn")
+        )
+        torch.testing.assert_close(next(iter(inside.values())), next(iter(written.values())))
+    with pytest.raises(ValueError, match="is not written to the residual stream"):
+        explain.effects(model, clean, corrupt, difference, "model.layers.0.mlp.down_proj:input", method="direct")
+
+
 def test_wrong_pairs_and_names_are_refused():
     model, clean, _ = llama()
     with pytest.raises(ValueError, match="pair prompts of equal length"):

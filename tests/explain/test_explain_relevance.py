@@ -51,6 +51,14 @@ def test_students_are_explained_as_softmax_models_are(kind):
     assert found.ledger.unaccounted <= 1e-9
 
 
+def test_a_model_of_vector_states_is_explained_through_its_loop():
+    config = models.decoder_config("hgrn", vocab_size=61, width=16, layers=2, heads=2)
+    model = models.DecoderForCausalLM(config).eval().double()
+    with InDouble():
+        found = explain.relevance(model, {"input_ids": ids(9)})
+    assert found.ledger.unaccounted <= 1e-9
+
+
 @pytest.mark.parametrize("softmax", ["propagate", "stop"])
 @pytest.mark.parametrize("attention", ["half", "gradient", "values"])
 def test_fused_attention_is_explained_as_its_products_are(attention, softmax):
@@ -164,7 +172,6 @@ def test_relevance_of_modules_and_of_chosen_channels():
     found = explain.relevance(model, inputs, at=["5", "10:input"], target=1)
     assert found.at["5"].shape == (2, 16, 8, 8)
     assert found.at["10:input"].shape == (2, 144)
-    assert found.at["10:input"].sum() <= found.value.sum() + found.ledger.columns["biases"] + 1e3
     parts = []
     for channels in (range(0, 7), range(7, 16)):
         rules = explain.Rules(channels={"5": list(channels)})

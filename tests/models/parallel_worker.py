@@ -82,7 +82,7 @@ def main() -> None:
         model = model.double().train()
         ids = torch.randint(3, 61, (2, T), generator=torch.Generator().manual_seed(0))
         results[f"{name} packed"] = compared(model, ids[:1], PACKED, model, mean)
-    results[name] = compared(model, ids, None, model, mean)
+        results[name] = compared(model, ids, None, model, mean)
     messages = refused(model, ids)
     wrapped = accelerator.prepare(model)
     results["data-parallel wrapper"] = compared(model, ids, None, wrapped, mean)

@@ -20,7 +20,8 @@ from lineament.models import (
     match_parameters,
     parameters,
 )
-from lineament.nn import Slots
+from lineament.models.families import family
+from lineament.nn import LAYERS, Slots, published
 
 T = 23
 HERE = list(FAMILIES)
@@ -246,3 +247,9 @@ def test_a_family_is_a_value():
     assert model.config.mlp == "geglu"
     assert model.model.layers[1].mixer.q_norm is not None
     assert model.model.layers[2].mixer.heads.filling.place == (2, 3)  # decay by the layer's place
+
+
+@pytest.mark.parametrize("name", sorted(set(LAYERS) - set(FAMILIES)))
+def test_a_family_of_a_published_layer_is_that_layer(name):
+    own = family(name).layer(32, 2, None, 1, 3)
+    assert own == published(name, model_width=32, heads=2, layer=1, layers=3)[0]

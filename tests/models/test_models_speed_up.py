@@ -61,7 +61,7 @@ def test_a_saved_checkpoint_loads_in_its_own_format_and_runs_alike(model, tmp_pa
         torch.testing.assert_close(again(ids()).logits, model(ids()).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_packed_documents_do_not_leak_through_a_sped_up_layer():
+def test_the_operators_take_packed_documents():
     from lineament.models.speed_up import gated_delta
 
     torch.manual_seed(0)

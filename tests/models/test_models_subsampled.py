@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, IJepaConfig, IJepaForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    IJepaConfig,
+    IJepaForImageClassification,
+)
 
 from lineament._base.errors import InputError
 from lineament.models import load_teacher, self_ensemble, subsampled, tiny_teacher
@@ -72,6 +80,16 @@ def test_the_model_is_as_it_was_after_the_block():
     assert torch.equal(model(IDS).logits, before)
     assert model.config.to_dict() == config
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_parts_of_a_model_get_back_each_its_own():
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = CLIPModel(CLIPConfig(text_config=shape, vision_config={**shape, "image_size": 8, "patch_size": 4}))
+    model.text_model.config._attn_implementation = "eager"
+    with subsampled(model, when="always"):
+        assert model.text_model.config._attn_implementation == "subsampled"
+    parts = (model.text_model, model.vision_model)
+    assert [part.config._attn_implementation for part in parts] == ["eager", "sdpa"]
 
 
 def test_it_is_dense_in_eval_mode_and_generates_with_a_cache():

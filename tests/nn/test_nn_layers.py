@@ -41,7 +41,9 @@ def check(name, law, **case):
     def make(heads, key_heads, **_):
         return layer(name, heads, key_heads, layer=1, layers=3)
 
-    check_mixer(make, case=MixerCase(length=37, **case), begin=MixerCache, laws=[law], constant_state=name not in GROWS)
+    case = MixerCase(length=37, **case)
+    if not check_mixer(make, case=case, begin=MixerCache, laws=[law], constant_state=name not in GROWS):
+        pytest.skip("there are no backends to choose from")
 
 
 @pytest.mark.parametrize("law", MIXER_LAWS)

@@ -179,6 +179,10 @@ def test_half_precision_takes_its_softmax_in_float32():
         found, wanted = form(half[0][0], *half[1:]), form(wide[0][0], *wide[1:])
         assert found.dtype == torch.bfloat16
         assert (found - wanted).abs().max() < 0.005 * wanted.abs().max()
+    plain = [[x.float() for x in of] for of in half]
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach into the state either
+        found, wanted = (polynomial_tensor_scan(y[0][0], *y[1:], radius=3.0)[0] for y in (plain, wide))
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_what_the_two_forms_cost():

@@ -7,7 +7,9 @@ from torch import nn
 
 from lineament import train, weights
 from lineament._base.seeds import generator, seeded
+from lineament.io import save_tensors
 from lineament.weights.ascent import Ascent
+from lineament.weights.repair import _statistics
 from lineament.weights.straight_through import straight_through
 
 WIDTH = 24
@@ -129,25 +131,33 @@ def test_a_point_stays_lazy(pair):
     _, a, b, group = pair
     read = []
 
-    class Counted(dict):
-        def __getitem__(self, name):
-            read.append(name)
-            return super().__getitem__(name)
+    def load(name):
+        read.append(name)
+        return b[name]
 
     point = weights.Point.open(b)
-    moved = group.random(0).apply(point)
+    moved = group.random(0).apply(point.computed("counted", point.specs, [point], load))
     assert isinstance(moved, weights.Point)
+    assert not read
     plain = group.random(0).apply(b)
     assert all(torch.equal(moved[name], plain[name]) for name in b)
     assert (moved - weights.Point.open(a)).norm() > 0
-    assert not read
+
+
+def test_two_elements_make_two_points_of_one_file(pair, tmp_path):
+    _, _, b, group = pair
+    save_tensors(b, tmp_path / "model.safetensors")
+    point = weights.Point.open(tmp_path / "model.safetensors")
+    one, other = (group.random(seed).apply(point) for seed in (0, 1))
+    assert (one - other).norm() == pytest.approx(sum(float((one[n] - other[n]).square().sum()) for n in b) ** 0.5)
+    assert (one - other).norm() > 0.1
 
 
 def test_repair_brings_the_deviations_back(pair):
     model, a, b, _ = pair
     merged = weights.repair(model, a, b, [DATA])
     names = ("0", "2")
-    stats = [weights.repair.__globals__["_statistics"](load(state), [DATA]) for state in (a, b, merged)]
+    stats = [_statistics(load(state), [DATA]) for state in (a, b, merged)]
     for name in names:
         for part in (0, 1):
             torch.testing.assert_close(

@@ -133,9 +133,9 @@ def test_a_plane_holds_its_three_points():
     found = weights.plane(net, o, a, b, BATCH, loss=value, size=3, margin=0.0)
     assert found.points[0] == (0, 0)
     assert found.points[1][0] == pytest.approx(float((flat(a) - flat(o)).norm()))
-    at = [min(range(3), key=lambda i, v=v, g=g: abs(g[i] - v)) for v, g in zip(found.points[0], (found.x, found.y))]  # noqa: B905
-    if abs(found.x[at[0]]) < 1e-9 and abs(found.y[at[1]]) < 1e-9:
-        assert found.loss[at[1]][at[0]] == pytest.approx(weights.score(load(net, o), BATCH, value)["loss"][0])
+    assert (found.x[0], found.y[0]) == (0, 0)
+    for at, corner in ((0, o), (2, a)):
+        assert found.loss[0][at] == pytest.approx(weights.score(load(net, corner), BATCH, value)["loss"][0])
     assert found.figure()[:1]
 
 
@@ -179,6 +179,8 @@ def test_stale_statistics_are_seen_and_reset():
     b = {n: -v if n in ("0.weight", "0.bias", "1.running_mean") else v for n, v in a.items()}
     plain, fresh = (weights.path(net, a, b, [data], reset=reset) for reset in (None, [data]))
     assert plain.values()[0] == pytest.approx(fresh.values()[0], abs=0.05)
+    assert plain.values()[4] > 1.5 * fresh.values()[4]  # of means of opposite signs hardly anything is left
+    assert fresh.values()[4] == pytest.approx(fresh.values()[0], abs=0.01)  # the nets are one function: no barrier
     assert set(fresh.curves["data"]) == {"loss", "accuracy"}
     assert len(fresh.rows()) == 11
 

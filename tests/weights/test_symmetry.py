@@ -1,12 +1,11 @@
 """The derived groups: their size in closed form, that they leave the function alone, and that nothing wrong passes."""
 
-import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from architectures import KINDS, Kind, ResNet20, lg, llama, vgg
+from architectures import KINDS, ResNet20, lg, llama, vgg
 from torch import nn
 
 from lineament import weights
@@ -132,7 +131,7 @@ def test_what_keeps_the_order_is_said():
 
     group = weights.symmetry(Sorted(), torch.zeros(1, 2))
     assert not group.free
-    assert "no rule" in group.reasons()["0.weight[0]" if "0.weight[0]" in group.reasons() else "a.weight[0]"]
+    assert "no rule" in group.reasons()["a.weight[0]"]
 
 
 def hand_written(spec: dict[str, tuple[str | None, ...]]) -> set[frozenset[tuple[str, int]]]:
@@ -288,7 +287,3 @@ def test_a_model_that_looks_at_values_is_refused():
 
     with pytest.raises(ValueError, match="can't be traced"):
         weights.symmetry(Branch(), torch.zeros(1, 2))
-
-
-def test_sizes_are_finite():
-    assert all(math.isfinite(kind.order) and isinstance(kind, Kind) for kind in KINDS.values())

@@ -30,10 +30,11 @@ def compose(
     Example: lineament compose smollm2 tuned-a tuned-b --data notes.txt -o composed
     """
     from lineament import io
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import print_json, quiet, require_new, show
     from lineament.weights.compose_text import compose_on_text
 
     quiet()
+    require_new(out)
     composed, losses = compose_on_text(
         base, tuned, data=data, steps=steps, lr=lr, tokens=tokens, parts=parts, budget=budget, blocks=blocks, seed=seed
     )

@@ -59,13 +59,11 @@ def align(
 
     Example: lineament align model-a model-b -o aligned
     """
-    from lineament._base.errors import InputError
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import print_json, quiet, require_new, show
     from lineament.weights import language
 
     quiet()
-    if out.exists():
-        raise InputError(f"{out} exists; give a folder that does not")
+    require_new(out)
     found = language.align_models(a, b, restarts=restarts, seed=seed, check=check)
     found.point.save(out)
     row = {"out": str(out), **found.row()}

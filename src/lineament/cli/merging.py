@@ -13,9 +13,7 @@ def merge(
         list[str], typer.Argument(help="Models (folder, Hub name, GGUF, smollm2, base+lora), or one plan.yml.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the result; must not exist.")],
-    method: Annotated[
-        str | None, typer.Option(help="linear, ties, slerp, ... (`merge --help` of the docs lists all).")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help="linear, ties, slerp, ...; all are in docs/merging.md.")] = None,
     base: Annotated[str | None, typer.Option(help="The model that task vectors are taken from.")] = None,
     weight: Annotated[list[float] | None, typer.Option(help="One per model, or one for all.")] = None,
     density: Annotated[
@@ -160,6 +158,7 @@ def diff(
 
     Example: lineament diff smollm2 tuned --picture moved.png
     """
+    from lineament import io
     from lineament.cli.messages import print_json, quiet, show
     from lineament.report import heatmap, table
     from lineament.weights import Point, compare
@@ -175,7 +174,7 @@ def diff(
         kinds, _, values = compare.grid(rows)
         drawn = heatmap(values, xlabel="layer", ylabel="tensor (top to bottom as in the model)",
                         title=f"{Path(second).name} - {Path(first).name}", unit="relative distance")  # fmt: skip
-        picture.write_bytes(drawn)
+        io.write_bytes(picture, drawn)
     if json:
         print_json({"all": compare.total(rows), "tensors": rows})
         return

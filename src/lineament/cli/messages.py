@@ -1,6 +1,7 @@
 """What the command line says: one line for a mistake, JSON for machines, tables for people."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -51,3 +52,13 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def require_new(out: Path) -> None:
+    """Refuse a folder that is there already, before any work is done.
+
+    Raises:
+        InputError: it exists.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists; give a folder that does not")

@@ -1,6 +1,5 @@
 """`lineament papers` and `lineament reproduce`: the catalogue and its experiments."""
 
-from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +57,7 @@ def reproduce(
     html: Annotated[Path | None, typer.Option(help="Write a one-file report here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep runs here and go on from them (studies).")] = None,
     only: Annotated[str | None, typer.Option(help="Run a part: a glob over the names of runs (studies).")] = None,
-    workers: Annotated[int | None, typer.Option(help="Runs at a time on this machine (studies); else 2.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Runs at a time on this machine (studies).")] = None,
     ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: its address, or 'auto' (studies).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -74,8 +73,6 @@ def reproduce(
     asked = {"out": out and str(out), "only": only, "workers": workers, "ray": ray}
     options = {name: value for name, value in asked.items() if value is not None}
     run = catalogue.experiment(slug, **options)
-    if "workers" in signature(run).parameters:
-        options.setdefault("workers", 2)
     evidence = run(scale, **options)
     if html is not None:
         page(catalogue.record(slug).title, [evidence], html)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lineament._base.errors import InputError, near_miss, unknown
 from lineament._base.extras import folder
 from lineament._base.seeds import generator
+from lineament.data.packing import epoch_rows
 
 SPLITS = ("train", "test")
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist",)  # where Debian's dataset-fashion-mnist puts it
@@ -116,7 +117,9 @@ def _idx_folder(root: Path, split: str | None) -> Images:
     labels = torch.cat([_idx(root, f"{part}-labels", axes=1) for part in parts]).long()
     if len(pixels) != len(labels):
         raise InputError(f"{root} holds {len(pixels)} images and {len(labels)} labels; these must agree")
-    return Images(pixels[:, None].float().div_(255), labels, int(labels.max()) + 1)
+    there = [part for part in ("train", "t10k") if any(root.glob(f"{part}-labels*"))]  # classes are those of all parts
+    classes = max(int(_idx(root, f"{part}-labels", axes=1).max()) for part in there) + 1
+    return Images(pixels[:, None].float().div_(255), labels, classes)
 
 
 def _idx(root: Path, stem: str, axes: int) -> Tensor:
@@ -138,17 +141,8 @@ def image_batches(images: Images, size: int, *, seed: int = 0) -> Callable[[int]
 
     A pure function of the step, as `train.fit` wants it; the last images of an order that fill no batch are left out.
     """
-    per_epoch = len(images) // size if size > 0 else 0
-    if per_epoch < 1:
-        raise InputError(f"a batch of {size} images was asked of {len(images)}; give a smaller batch")
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        epoch, at = divmod(step, per_epoch)
-        order = torch.randperm(len(images), generator=generator(seed * 1_000_003 + epoch))
-        rows = order[at * size : (at + 1) * size]
-        return images.pixels[rows], images.labels[rows]
-
-    return batch
+    rows = epoch_rows(len(images), size, seed=seed, what="images")
+    return lambda step: (images.pixels[rows(step)], images.labels[rows(step)])
 
 
 def normalized(parts: Iterable[Images]) -> list[Images]:

@@ -174,13 +174,22 @@ def batches(packed: PackedTokens, size: int, *, seed: int = 0) -> Callable[[int]
     Returns:
         step -> {"input_ids": [size, length], "position_ids": [size, length]}.
     """
-    per_epoch = len(packed) // size if size > 0 else 0
+    rows = epoch_rows(len(packed), size, seed=seed, what="rows")
+    return lambda step: packed.rows(rows(step))
+
+
+def epoch_rows(count: int, size: int, *, seed: int, what: str) -> Callable[[int], Tensor]:
+    """Return a function step -> [size] of `count` numbers, in a new random order each epoch.
+
+    Raises:
+        InputError: fewer than a batch.
+    """
+    per_epoch = count // size if size > 0 else 0
     if per_epoch < 1:
-        raise InputError(f"a batch of {size} rows was asked of {len(packed)}; give more text or a smaller batch")
+        raise InputError(f"a batch of {size} {what} was asked of {count}; give more {what} or a smaller batch")
 
-    def batch(step: int) -> dict[str, Tensor]:
+    def rows(step: int) -> Tensor:
         epoch, at = divmod(step, per_epoch)
-        order = torch.randperm(len(packed), generator=generator(seed * 1_000_003 + epoch))
-        return packed.rows(order[at * size : (at + 1) * size])
+        return torch.randperm(count, generator=generator(seed * 1_000_003 + epoch))[at * size : (at + 1) * size]
 
-    return batch
+    return rows

@@ -252,8 +252,25 @@ def _slopes(
     )  # fmt: skip
     found = {name: parts[0] for name, parts in run.sweep.at.items()}
     if last is not None:
-        return dict.fromkeys(values[0], found[last])
+        return {site: _written(model, site, found[last]) for site in values[0]}
     return {site: found.get(site, torch.zeros_like(x)) for site, x in values[0].items()}
+
+
+def _written(model: nn.Module, site: str, slope: Tensor) -> Tensor:
+    """Return the slope at a site of what is written to the residual stream from there.
+
+    Raises:
+        InputError: what the site holds is not written there, or by a map that is not known.
+    """
+    name, within, _ = site.rpartition(":input")
+    adapter = adapter_for(model)
+    if not within or name.removeprefix(f"{adapter.layers}.").isdigit():
+        return slope
+    module = model.get_submodule(name)
+    if name.rpartition(".")[2] != adapter.projections[-1]:
+        raise InputError(f"{site!r} is not written to the residual stream, so it has no direct effect; name what is")
+    weight: Any = module.weight
+    return slope @ (weight if isinstance(module, nn.Linear) else weight.mT)  # (transformers' Conv1D is transposed)
 
 
 def _mean_slope(

@@ -249,6 +249,8 @@ class Rollout:
     ) -> Relevance:
         """Explain."""
         _nothing_else("rollout", places, baseline)
+        if callable(target):
+            raise InputError("rollout needs a class or token number as target; a function names no position")
         if not hasattr(model, "set_attn_implementation"):
             raise InputError("attention rollout needs a transformers model that can return its attention")
         before = model.config._attn_implementation

@@ -200,16 +200,17 @@ class DecoderModel(DecoderPreTrainedModel):
         })  # fmt: skip
         cache, rows = call["past_key_values"], call["lineament_rows"]
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        seen = [x]
-        for i, block in enumerate(self.layers):
-            x = block(x, None if cache is None else cache.layers[i], rows)
-            seen.append(x)
-        x = self.norm(x)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        seen = []
+        for i, block in enumerate(self.layers):
+            if wanted:
+                seen.append(x)
+            x = block(x, None if cache is None else cache.layers[i], rows)
+        x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,  # type: ignore[arg-type]
             past_key_values=cache,
-            hidden_states=(*seen[:-1], x) if wanted else None,  # type: ignore[arg-type]
+            hidden_states=(*seen, x) if wanted else None,  # type: ignore[arg-type]
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from lineament._base.errors import InputError, unknown
 from lineament.models.decoder import DecoderConfig, DecoderForCausalLM, fill
 from lineament.nn import BUILDERS, LAYERS, MixerConfig, Slots
-from lineament.nn.build import options_of
+from lineament.nn.layers import layer_config
 from lineament.nn.mlp import GATED
 
 SOFTMAX = "softmax-window"  # the kind of a layer whose heads are all full; its window is never built
@@ -26,7 +26,8 @@ class Family:
     """What the blocks of a family are made of.
 
     Attributes:
-        kind: a key of `nn.BUILDERS` or `nn.PUBLISHED`, or "softmax". options: its own. slots: what stands around it.
+        kind: a key of `nn.BUILDERS` or `nn.PUBLISHED`, or "softmax". options: its own. shape: further fields of
+            `MixerConfig`, such as window and sinks. slots: what stands around it.
         key_share, value_share: summed width of the keys' and of the values' heads, as a share of D.
         head_width: K, where the number of heads is not given.
         mlp, norm, post_norm, tied: see `DecoderConfig`. mlp_share: inner width as a share of D, before rounding; 0 for
@@ -36,6 +37,7 @@ class Family:
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    shape: Mapping[str, Any] = field(default_factory=dict)
     slots: Slots = field(default_factory=Slots)
     key_share: float = 1.0
     value_share: float = 1.0
@@ -53,21 +55,16 @@ class Family:
         Raises:
             InputError: an unknown kind, or heads that do not divide the widths.
         """
-        softmax = self.kind == "softmax"
         keys, values = round(width * self.key_share), round(width * self.value_share)
         heads = heads or max(keys // self.head_width, 1)
         for name, total in (("keys", keys), ("values", values)):
             if total % heads:
                 raise InputError(f"{heads} heads don't divide the {total} channels of the {name} (width {width})")
-        known = {} if softmax else options_of(self.kind)
-        place = {name: at for name, at in (("layer", layer), ("layers", layers)) if name in known}
-        size: dict[str, Any] = {"heads": heads, "key_heads": key_heads or heads}
-        if self.kind == "ssd":  # the heads are those of the values; B and C have few, called groups
-            size = {"heads": key_heads or 1, "key_heads": key_heads or 1, "value_heads": heads}
-        return MixerConfig(
-            kind=SOFTMAX if softmax else self.kind, model_width=width, **size,
-            key_width=keys // heads, value_width=values // heads, options={**place, **self.options},
-            full_heads=tuple(range(key_heads or heads)) if softmax else (),
+        softmax = self.kind == "softmax"
+        return layer_config(
+            SOFTMAX if softmax else self.kind, model_width=width, heads=heads, key_heads=key_heads, layer=layer,
+            layers=layers, full=softmax, options=self.options,
+            **{"key_width": keys // heads, "value_width": values // heads, **self.shape},
         )  # fmt: skip
 
 
@@ -75,8 +72,8 @@ def _of(name: str, **block: Any) -> Family:
     """Return the family of a published layer in a block of one's own."""
     row = LAYERS[name]
     return Family(
-        kind="softmax" if row.full else row.kind, options=row.options, slots=row.slots, key_share=row.key,
-        value_share=row.value, **block,
+        kind="softmax" if row.full else row.kind, options=row.options, shape=row.shape, slots=row.slots,
+        key_share=row.key, value_share=row.value, **block,
     )  # fmt: skip
 
 
@@ -173,8 +170,8 @@ def decoder_config(
 
     Example:
         >>> config = decoder_config("kda", ratio="1:1", vocab_size=64, width=32, layers=4, heads=2)
-        >>> [len(layer["full_heads"]) for layer in config.lineament["layers"].values()]
-        [0, 2, 0, 2]
+        >>> tuple(len(layer["full_heads"]) for layer in config.lineament["layers"].values())
+        (0, 2, 0, 2)
     """
     own = family(name)
     names = _per_layer(own, ratio, layers)

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from lineament._base.errors import InputError
 from lineament.nn import KeyValues, MixerCache, Rows, ShortConv, causal_softmax
+from lineament.nn.decays import bounded_forget, retention_decay
 from lineament.nn.mixer import unit
 from lineament.nn.positions import rotate
 from lineament.nn.recurrent import Terms, recur, spread_rates
@@ -170,9 +171,7 @@ class Retention(Additive):
         q, k = rotate(q, position, 1e4), rotate(k, position, 1e4)
         groups = q.shape[2] // k.shape[2]  # every query head has its own decay, so key heads are repeated
         k, v = (y.repeat_interleave(groups, dim=2) for y in (k, v))
-        heads = torch.arange(q.shape[2], device=x.device, dtype=torch.float64)
-        log_decay = torch.log1p(-(2.0 ** (-5.0 - heads))).to(torch.promote_types(x.dtype, torch.float32))
-        return Terms(q * self.K**-0.5, k, v, log_decay.expand(*q.shape[:3]))
+        return Terms(q * self.K**-0.5, k, v, retention_decay(q.shape[2], x).expand(*q.shape[:3]))
 
 
 class Hgrn2(Layer):
@@ -190,10 +189,8 @@ class Hgrn2(Layer):
         self.g_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
     def terms(self, x: Tensor, q: Tensor, f: Tensor, i: Tensor, position: Tensor) -> Terms:
-        keep, bound = logsigmoid(widened(f)), self.lower_bound
-        if bound is not None and self.layer > 0:
-            keep = torch.logaddexp(bound.log(), torch.log1p(-bound) + keep)
-        q, k, gate = (y.unflatten(-1, (-1, self.K)) for y in (silu(q), -torch.expm1(keep), keep))
+        log_keep, write = bounded_forget(widened(f), self.lower_bound if self.layer > 0 else None)
+        q, k, gate = (y.unflatten(-1, (-1, self.K)) for y in (silu(q), write, log_keep))
         return Terms(q * self.K**-0.5, k, i.unflatten(-1, (-1, self.V)), gate)
 
     def finished(self, o: Tensor, x: Tensor) -> Tensor:
@@ -239,9 +236,7 @@ class GatedDelta(Layer):
         self.K, self.V = config.head_dim, int(config.head_dim * config.expand_v)
         self.Hv = config.num_v_heads or config.num_heads
         keys, values = config.num_heads * self.K, self.Hv * self.V
-        held = self.K, self.V, self.Hv
         super().__init__(config, layer, (keys, keys, values), values)
-        self.K, self.V, self.Hv = held
         self.b_proj = nn.Linear(config.hidden_size, self.Hv, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.Hv).uniform_(1, 16).log())
         self.gates(config, values)

@@ -65,6 +65,7 @@ def ssd(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
+    seq_idx: Tensor | None = None,
     **_: Any,
 ) -> Any:
     """Mamba-2's scan by transformers' signature: decayed attention with q = C, k = B, v = dt x and log decay dt A.
@@ -76,6 +77,8 @@ def ssd(
     Returns:
         [B, T, H, P] in float32 or wider; with it the last states if asked for.
     """
+    if seq_idx is not None:
+        raise InputError("Mamba-2's scan takes no packed rows here (seq_idx); run the documents apart")
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
     dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
     x, dt = widened(hidden_states), widened(dt)
@@ -155,7 +158,7 @@ def speed_up_(model: nn.Module) -> SpedUp:
 
     Qwen3-Next, Qwen 3.5, OLMo hybrid, Kimi Linear, Mamba-2 and its hybrids, MiniMax, and whatever else calls its
     recurrence by a name in `OPERATORS`. Weights, cache, saving and outputs stay as they are (outputs to rounding);
-    training goes through our backward. Packed rows (cu_seq_lens_q) work too, which transformers' own form refuses.
+    training goes through our backward. The operators take packed rows; the short convolutions before them do not.
 
     Args:
         model: in eval or in training; not one that keeps weights on disk or CPU by accelerate's hooks.

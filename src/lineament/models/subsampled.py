@@ -117,17 +117,16 @@ def subsampled(
         raise InputError(
             f"{type(model).__name__} does not use transformers' attention interface; it can't be subsampled"
         )
-    before = model.config._attn_implementation or "eager"
     configs = _configs(model)
-    held = [vars(config).get(FIELD) for config in configs]
+    held = [(config._attn_implementation, vars(config).get(FIELD)) for config in configs]
     try:
         model.set_attn_implementation(NAME)
         for config in configs:
             setattr(config, FIELD, {**asdict(how or Subsampling()), "when": when})
         yield model
     finally:
-        model.set_attn_implementation(before)
-        for config, value in zip(configs, held, strict=True):
+        for config, (before, value) in zip(configs, held, strict=True):
+            config._attn_implementation = before
             if value is None:
                 vars(config).pop(FIELD, None)
             else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError
+from lineament.nn.hyper_kernel import linear
 from lineament.nn.hyperzzw import HyperBlock, HyperConfig
 
 
@@ -81,9 +82,7 @@ class Terminator(nn.Module):
             )
             for i, factor in enumerate(config.factors)
         )  # fmt: skip
-        self.head = nn.Linear(widths[-1], config.classes)
-        nn.init.kaiming_uniform_(self.head.weight, nonlinearity="linear")
-        nn.init.zeros_(self.head.bias)
+        self.head = linear(widths[-1], config.classes)
 
     def forward(self, x: Tensor) -> Classified:
         """Classify images [N, C, n, n], or sequences [N, C, n]."""

@@ -19,7 +19,8 @@ class MixerConfig:
         window: exact softmax over the last `window` tokens (kinds with a window only).
         sinks: exact softmax over the first `sinks` tokens of a document (same kinds).
         full_heads: key-value heads that stay ordinary causal softmax inside the layer.
-        check: raise on gates that are NaN or out of range, at every call (kinds of `nn.PUBLISHED`).
+        check: raise on gates that are NaN or out of range, at every call (retention, gla,
+            hgrn, hgrn2, ssd and delta-rule).
         options: the kind's own keyword arguments (see its class).
 
     Example:

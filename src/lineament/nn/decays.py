@@ -16,9 +16,13 @@ class Retention(Recurrent):
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Terms:
         """Keep q, k and v."""
-        heads = torch.arange(self.config.states, device=q.device, dtype=torch.float64)
-        log_decay = torch.log1p(-(2.0 ** (-5.0 - heads))).to(torch.promote_types(q.dtype, torch.float32))
-        return Terms(q, k, v, log_decay.expand(*q.shape[:2], -1))
+        return Terms(q, k, v, retention_decay(self.config.states, q).expand(*q.shape[:2], -1))
+
+
+def retention_decay(heads: int, like: Tensor) -> Tensor:
+    """Return RetNet's log decays [heads] in float32 or wider."""
+    place = torch.arange(heads, device=like.device, dtype=torch.float64)
+    return torch.log1p(-(2.0 ** (-5.0 - place))).to(torch.promote_types(like.dtype, torch.float32))
 
 
 class GatedLinear(Recurrent):
@@ -78,11 +82,15 @@ class ForgetGate(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log f and 1 - f of logits z [.., H, K]."""
         z = widened(z)
-        if self.layer == 0:
-            return logsigmoid(z), torch.sigmoid(-z)
         bounds = self.borrowed[0] if self.borrowed else self.bounds
-        bound = bounds(self.layer).view(z.shape[-2:])
-        return torch.logaddexp(bound.log(), torch.log1p(-bound) + logsigmoid(z)), (1 - bound) * torch.sigmoid(-z)
+        return bounded_forget(z, bounds(self.layer).view(z.shape[-2:]) if self.layer else None)
+
+
+def bounded_forget(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return log f and 1 - f of `f = bound + (1 - bound) sigma(z)`; None bounds by nothing."""
+    if bound is None:
+        return logsigmoid(z), torch.sigmoid(-z)
+    return torch.logaddexp(bound.log(), torch.log1p(-bound) + logsigmoid(z)), (1 - bound) * torch.sigmoid(-z)
 
 
 def share_lower_bounds_(model: nn.Module) -> None:

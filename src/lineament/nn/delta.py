@@ -41,6 +41,8 @@ class DeltaHeads(nn.Module):
         log_decay: where the decay starts, in nats a token.
     """
 
+    backend = "auto"
+
     def __init__(
         self,
         config: MixerConfig,
@@ -104,7 +106,7 @@ class DeltaHeads(nn.Module):
         if self.conv is not None:
             q, k, v, tail = self._convolved(q, k, v, tail, cu_seqlens)
         terms = Terms(*self._normalised(q, k, v), *self.gates(x))
-        o, memory = recur(terms, state=memory, cu_seqlens=cu_seqlens)
+        o, memory = recur(terms, state=memory, cu_seqlens=cu_seqlens, backend=self.backend)
         return self._gated(o, x), DeltaState(memory, tail)
 
     def _convolved(

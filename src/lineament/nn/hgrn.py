@@ -18,6 +18,7 @@ class HGRN(nn.Module):
     """
 
     backend = "auto"
+    backends = ("chunked",)  # beside the reference
 
     def __init__(self, config: MixerConfig, *, layer: int = 0, layers: int = 1) -> None:
         super().__init__()

@@ -127,13 +127,36 @@ def published(
     row = LAYERS[name]
     if "key_width" not in shape and model_width % heads:
         raise InputError(f"model_width={model_width} and heads={heads}; heads must divide it, or give key_width")
-    width, known = model_width // heads, options_of(row.kind)
-    made = {**row.options, **{k: v for k, v in (("layer", layer), ("layers", layers)) if k in known}, **(options or {})}
+    width = model_width // heads
+    widths = {"key_width": max(round(width * row.key), 1), "value_width": max(round(width * row.value), 1)}
+    config = layer_config(
+        row.kind, model_width=model_width, heads=heads, key_heads=key_heads, layer=layer, layers=layers, full=row.full,
+        options={**row.options, **(options or {})}, **{**widths, **row.shape, **shape},
+    )  # fmt: skip
+    return config, row.slots
+
+
+def layer_config(
+    kind: str,
+    *,
+    model_width: int,
+    heads: int,
+    key_heads: int | None,
+    layer: int,
+    layers: int,
+    full: bool,
+    options: Mapping[str, Any],
+    **shape: Any,
+) -> MixerConfig:
+    """Return a layer's config: heads as its kind counts them, its place among the layers where the kind asks for it.
+
+    Args: as of `published`; full: all heads are ordinary softmax.
+    """
     size: dict[str, Any] = {"heads": heads, "key_heads": key_heads or heads}
-    if row.kind == "ssd":
+    if kind == "ssd":  # the heads are those of the values; B and C have few, called groups
         size = {"heads": key_heads or 1, "key_heads": key_heads or 1, "value_heads": heads}
-    if row.full:
+    if full:
         size["full_heads"] = tuple(range(size["key_heads"]))
-    size |= {"key_width": max(round(width * row.key), 1), "value_width": max(round(width * row.value), 1)}
-    fields = {**size, **row.shape, **shape}
-    return MixerConfig(kind=row.kind, model_width=model_width, options=made, **fields), row.slots
+    known = options_of(kind)
+    place = {name: at for name, at in (("layer", layer), ("layers", layers)) if name in known}
+    return MixerConfig(kind=kind, model_width=model_width, options={**place, **options}, **{**size, **shape})

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lineament._base.backends import Backend, choose
+from lineament._base.backends import Backend, choose, wants_plain_autograd
 from lineament._base.errors import InputError
 from lineament.ops.parallel import active
 from lineament.ops.parallel.recurrence import scan_parallel
@@ -60,6 +60,8 @@ def elementwise_scan(
     if x.shape[1] == 0:
         return x.clone(), state.to(wide, copy=True)
     gate = floored(log_decay, wide).expand(x.shape)
+    if backend == "auto" and not torch.compiler.is_compiling() and wants_plain_autograd():
+        backend = "reference"
     run = run_chunked if backend in ("auto", "chunked") else choose(BACKENDS_SCAN, backend, x)
     inputs = (x.to(wide).flatten(2), gate.flatten(2))
     flat = state.to(wide).flatten(1)
@@ -154,7 +156,7 @@ _forward.register_autograd(
 
 BACKENDS_SCAN: dict[str, Backend] = {
     "chunked": Backend("lineament.ops.scan:run_chunked"),
-    "reference": Backend("lineament.ops.scan:run_reference"),
+    "reference": Backend("lineament.ops.scan:run_reference", plain=True),
 }
 
 

@@ -59,14 +59,14 @@ def tensor_attention(
     if key_mask is not None:  # what padding holds must not come in, not even times zero
         padding = ~key_mask.bool()[..., None, None]
         keys, values = ([x.masked_fill(padding, 0.0) for x in of] for of in (keys, values))
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, *rest = (_by_head(x.to(dtype), n["Hq"]) for x in (q, *keys, *values))
     keys, values = rest[: len(keys)], rest[len(keys) :]
     real = None if key_mask is None else key_mask.bool().repeat_interleave(n["Hq"], 0)
     with torch.autocast(q.device.type, enabled=False):
         pairs = _all(keys, values, real) if windows is None else _banded(keys, values, real, windows)
         out = _over(q, pairs, causal and windows is None)
-    return out.unflatten(0, (n["B"], n["Hq"])).transpose(1, 2).to(n["dtype"])
+    return out.unflatten(0, (n["B"], n["Hq"])).transpose(1, 2).to(given)
 
 
 class _Pairs(NamedTuple):
@@ -188,7 +188,7 @@ def _block(q, left_key, left_value, right_key, right_value, left, right) -> Tens
 def check_combination(
     q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], key_mask: Tensor | None
 ) -> dict[str, int]:
-    """Check the axes of q, m keys and m values (InputError) and return their sizes, and q's dtype as "dtype"."""
+    """Check the axes of q, m keys and m values (InputError) and return their sizes."""
     if isinstance(keys, Tensor) or isinstance(values, Tensor) or not keys or len(keys) != len(values):
         counts = [None if isinstance(x, Tensor) else len(x) for x in (keys, values)]
         raise InputError(
@@ -198,7 +198,7 @@ def check_combination(
     n = bind(f"q: B T Hq K, {', '.join(names)}, key_mask: B S", q, *keys, *values, key_mask)
     if check_heads(q=n["Hq"], keys=n["H"]) != n["Hq"]:
         raise InputError(f"q has {n['Hq']} heads and the keys have {n['H']}; the queries need at least as many heads")
-    return {**n, "dtype": q.dtype}  # pyright: ignore[reportReturnType]
+    return n
 
 
 def _check_windows(n: dict[str, int], count: int, causal: bool, windows: Sequence[int] | None) -> None:

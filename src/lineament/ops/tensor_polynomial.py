@@ -100,13 +100,14 @@ def polynomial_tensor_scan(
     zero = left.new_zeros(n["B"], n["H"], left.shape[-1], n["V"] + 1)
     sums = (zero,) * len(keys) if state is None else state.sums
     out = []
-    for at in range(0, n["T"], chunk):
-        cut = slice(at, at + chunk)
-        added = [phi[:, :, cut, :, None] * v[:, :, cut, None] for phi, v in zip(maps, ones, strict=True)]
-        running = [before[:, :, None] + new.cumsum(2) for before, new in zip(sums, added, strict=True)]
-        both = left[:, :, cut, None] @ reduce(torch.mul, running).repeat_interleave(groups, 1)
-        out.append(_normalised(both[:, :, :, 0], running, degree))
-        sums = tuple(x[:, :, -1] for x in running)
+    with torch.autocast(q.device.type, enabled=False):
+        for at in range(0, n["T"], chunk):
+            cut = slice(at, at + chunk)
+            added = [phi[:, :, cut, :, None] * v[:, :, cut, None] for phi, v in zip(maps, ones, strict=True)]
+            running = [before[:, :, None] + new.cumsum(2) for before, new in zip(sums, added, strict=True)]
+            both = left[:, :, cut, None] @ reduce(torch.mul, running).repeat_interleave(groups, 1)
+            out.append(_normalised(both[:, :, :, 0], running, degree))
+            sums = tuple(x[:, :, -1] for x in running)
     return torch.cat(out, 1).to(q.dtype), TensorState(sums)
 
 

@@ -85,11 +85,8 @@ def cut(y: Tensor, codes: int) -> Tensor:
 
 def code_shares(y: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """Return softmax of both halves of y [..., 2 C] (`cut`), side by side, and the sum of their log sums [...]."""
-    y = y.unflatten(-1, (2, codes))
-    top = y.detach().amax(-1, keepdim=True)
-    shares = (y - top).clamp(min=-DEPTH).exp()
-    total = shares.sum(-1, keepdim=True)
-    return (shares / total).flatten(-2), (total.log() + top).sum((-2, -1))
+    y = cut(y, codes)
+    return y.softmax(-1).flatten(-2), y.logsumexp(-1).sum(-1)
 
 
 def folded(grad: Tensor, phi: Tensor, outer: int) -> Tensor:

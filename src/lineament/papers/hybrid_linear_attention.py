@@ -49,7 +49,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def experiment(
-    scale: str = "small", *, out: str | None = None, only: str | None = None, workers: int = 1, ray: str | None = None
+    scale: str = "small", *, out: str | None = None, only: str | None = None, workers: int = 2, ray: str | None = None
 ) -> Any:
     """Train the arms of a scale and hold them to thresholds written before the first run, as `report.Evidence`.
 

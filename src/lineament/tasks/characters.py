@@ -1,6 +1,7 @@
 """A character model on real text: the smallest language-modelling comparison of mixers that means something."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,14 +27,21 @@ class Characters:
 
 def characters(name: str = "python-topics", *, length: int = 128) -> Characters:
     """Read a text of `data.load_text` as characters, in its splits "train" and "test"."""
+    learnt, held_out, vocab = character_ids(name)
+    return Characters(vocab, learnt.unfold(0, length, length), held_out.unfold(0, length, length))
+
+
+@cache
+def character_ids(name: str = "python-topics") -> tuple[Tensor, Tensor, int]:
+    """Return a text as numbers of its characters: to learn from, held out, and how many there are."""
     texts = ["\n".join(data.load_text(name, split=split)) for split in ("train", "test")]
     known = {c: i for i, c in enumerate(sorted(set("".join(texts))))}
-    ids = (torch.tensor([known[c] for c in text]).unfold(0, length, length) for text in texts)
-    return Characters(len(known), *ids)
+    learnt, held_out = (torch.tensor([known[c] for c in text]) for text in texts)
+    return learnt, held_out, len(known)
 
 
-def next_character_loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Mean loss in nats per character of ids [B, T]: for `train.fit`."""
+def next_token_loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Mean loss in nats of ids [B, T], every token predicting the next: for `train.fit`."""
     return model(input_ids=ids, labels=ids, use_cache=False).loss, {}
 
 
@@ -62,5 +70,5 @@ def learn_characters(
     def draw(step: int) -> Tensor:
         return text.train[torch.randint(len(text.train), (batch,), generator=generator(seed * 100_003 + step))]
 
-    train.fit(model.train(), draw, next_character_loss, train.FitConfig(steps=steps, lr=lr, warmup=10, seed=seed))
+    train.fit(model.train(), draw, next_token_loss, train.FitConfig(steps=steps, lr=lr, warmup=10, seed=seed))
     return perplexity(model.eval(), text.test[:scored], batch_size=32).nll

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lineament import train
+from lineament import io, train
 from lineament._base.errors import InputError, unknown
 from lineament.report import curve
 from lineament.tasks.hybrids import SIZES, Arm
@@ -88,7 +88,7 @@ def run_study(
     values = {arm.name: arm.value() for arm in arms(scale, only)}
     rows = list(train.sweep(WORK, values, out, workers=workers, ray=ray).values())
     for name, png in figures(rows).items():
-        (Path(out) / name).write_bytes(png)
+        io.write_bytes(Path(out) / name, png)
     return rows
 
 

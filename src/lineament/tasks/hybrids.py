@@ -8,14 +8,13 @@ heads where a trained softmax model's damage is largest, in place of full layers
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lineament import data, io, train
+from lineament import io, train
 from lineament._base.errors import InputError, unknown
 from lineament._base.seeds import generator, seeded
 from lineament.models import (
@@ -30,6 +29,7 @@ from lineament.models import (
 )
 from lineament.models.decoder import filling
 from lineament.nn import MixerConfig, Slots, build
+from lineament.tasks.characters import character_ids, next_token_loss
 from lineament.tasks.cost import cache_bytes
 from lineament.tasks.perplexity import perplexity
 from lineament.tasks.recall import Recall, recall_loss, score_recall
@@ -125,19 +125,10 @@ class Arm:
         return asdict(self)
 
 
-@cache
-def characters() -> tuple[Tensor, Tensor, int]:
-    """Return the Python reference as numbers of its characters: to learn from, held out, and how many there are."""
-    texts = ["\n".join(data.load_text("python-topics", split=split)) for split in ("train", "test")]
-    known = {c: i for i, c in enumerate(sorted(set("".join(texts))))}
-    learnt, held_out = (torch.tensor([known[c] for c in text]) for text in texts)
-    return learnt, held_out, len(known)
-
-
 def arm_config(arm: Arm, full_heads: Mapping[int, tuple[int, ...]] | None = None) -> DecoderConfig:
     """Return an arm's decoder: of the softmax decoder's size within 2 %, but for inherited weights."""
     size = SIZES[arm.size]
-    vocab = size.vocab if arm.task == "recall" else characters()[2]
+    vocab = size.vocab if arm.task == "recall" else character_ids()[2]
     shape: dict[str, Any] = {"vocab_size": vocab, "width": size.width, "layers": size.layers, "heads": size.heads}
     softmax = decoder_config("llama", **shape)
     if arm.variant == "converted":
@@ -193,7 +184,7 @@ def _learn(model: nn.Module, arm: Arm, folder: Path) -> dict[str, float]:
     looks: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     batches, loss = (recall_of(arm).batches(size.rows), recall_loss)
     if arm.task == "text":
-        batches, loss = _windows(size, arm.seed), _next_character
+        batches, loss = _windows(size, arm.seed), next_token_loss
 
     def look(step: int, numbers: Mapping[str, float]) -> None:
         if step + 1 in size.looks and arm.task == "recall":
@@ -207,7 +198,7 @@ def _learn(model: nn.Module, arm: Arm, folder: Path) -> dict[str, float]:
 
 
 def _windows(size: Size, seed: int) -> Callable[[int], Tensor]:
-    text, length = characters()[0], size.text_length + 1
+    text, length = character_ids()[0], size.text_length + 1
 
     def batch(number: int) -> Tensor:
         random = generator(seed * 1_000_003 + number)
@@ -217,17 +208,13 @@ def _windows(size: Size, seed: int) -> Callable[[int], Tensor]:
     return batch
 
 
-def _next_character(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
-    return model(input_ids=ids, labels=ids, use_cache=False).loss, {}
-
-
 @torch.no_grad()
 def _scored(model: nn.Module, arm: Arm) -> dict[str, float]:
     if arm.task == "recall":
         found = score_recall(model, recall_of(arm, held_out=True))
         return {"recall": found.token_accuracy, "answer_loss": found.loss}
     length = SIZES[arm.size].text_length
-    return {"loss": perplexity(model, characters()[1].unfold(0, length, length)[:64], batch_size=16).nll}
+    return {"loss": perplexity(model, character_ids()[1].unfold(0, length, length)[:64], batch_size=16).nll}
 
 
 @torch.no_grad()

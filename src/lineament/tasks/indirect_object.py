@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lineament import train
 from lineament._base.seeds import generator, seeded
+from lineament.tasks.characters import next_token_loss
 
 BOS, AND, WENT, GAVE, TO = range(5)
 
@@ -94,5 +95,5 @@ def learned_model(language: IndirectObject, *, layers: int = 4, steps: int = 120
     with seeded(seed):
         model = GPT2LMHeadModel(GPT2Config(vocab_size=language.vocab, **shape, **off))
     config = train.FitConfig(steps=steps, lr=1e-3, warmup=min(50, steps), seed=seed)
-    train.fit(model, language.batches(128), lambda m, ids: (m(input_ids=ids, labels=ids).loss, {}), config)
+    train.fit(model, language.batches(128), next_token_loss, config)
     return model.eval()

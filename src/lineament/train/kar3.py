@@ -41,8 +41,8 @@ class Kar3(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
-                for name in ("fast", "slow"):
-                    state.setdefault(name, torch.zeros_like(p))
+                if not state:
+                    state.update(fast=torch.zeros_like(p), slow=torch.zeros_like(p))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(group["lr"] * (p.grad.sign() + state["fast"].sign() + state["slow"].sign()))
                 for name, beta in zip(("fast", "slow"), group["betas"], strict=True):

@@ -33,7 +33,7 @@ def sweep(
     """Run a function on every value and return its results by name; what is finished already is read, not run.
 
     Args:
-        work: "module:function", called as `function(value, folder)` in another process; returns a mapping of JSON
+        work: "module:function", called as `function(value, folder)`; returns a mapping of JSON
             values. It may keep what it goes on from in `folder`.
         values: name -> value, of JSON values.
         out: folder; every run has a folder of its name in it, with result.json when it is finished.

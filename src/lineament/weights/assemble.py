@@ -134,7 +134,8 @@ def _tasks(
                 tasks[name] = _task(recipe, one, opened, stats, name, [head + rest for head in heads], t)
             depth += 1
     for name in outside:
-        one = recipe.slices[0 if "embed" in name or "wte" in name or "wpe" in name else -1]
+        first = any(part in name for part in ("embed", "wte", "wpe")) and "embed_out" not in name
+        one = recipe.slices[0 if first else -1]
         tasks[name] = _task(recipe, one, opened, stats, name, [name] * len(one.sources), 0.0)
     return tasks, taken
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lineament._base.errors import InputError
 from lineament.graph import AxisClass, Cut, Tree
-from lineament.weights.point import Point, Spec
+from lineament.weights.point import Point
 
 P = TypeVar("P", bound=Mapping[str, Tensor])
 Trees = Mapping[str, tuple[Tree, ...]]
@@ -57,9 +57,10 @@ class Element:
             InputError: a tensor's shape is not that of the model from which the group was derived.
         """
         if isinstance(point, Point):
-            spec = {name: Spec(point.dtype(name), point.shape(name)) for name in point}
-            moved: Any = point.computed(f"{point.label}, moved", spec, [point], lambda n: self.act(n, point[n]))
-            return replace(moved, terms=moved.terms)
+            made = point.computed(f"{point.label}, moved", point.specs, [point], lambda n: self.act(n, point[n]))
+            # the point's mark would not tell this element from another
+            moved: Any = replace(made, terms=((replace(made.terms[0][0], fingerprint=None), 1.0),))
+            return moved
         found: Any = {name: self.act(name, x) for name, x in point.items()}
         return found
 

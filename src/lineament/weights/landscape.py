@@ -118,7 +118,7 @@ def _curvature(
 
 @dataclass(frozen=True)
 class Plane:
-    """The loss on a plane through three points: x and y in weight space, the loss (a row per y), and where the points are."""
+    """The loss on a plane through three points: x and y in weight space, the loss (a row per y), the points."""
 
     x: tuple[float, ...]
     y: tuple[float, ...]
@@ -150,7 +150,7 @@ def plane(
     places = ((0.0, 0.0), (along, 0.0), (across, up))
     lows, highs = ([pick(p[i] for p in places) for i in (0, 1)] for pick in (min, max))
     axes = [
-        torch.linspace(low - margin * (high - low), high + margin * (high - low), size).tolist()
+        torch.linspace(low - margin * (high - low), high + margin * (high - low), size, dtype=torch.float64).tolist()
         for low, high in zip(lows, highs, strict=True)
     ]
     rows = []

@@ -47,7 +47,7 @@ def _family(
     return Method(
         about=about, run=row(trim, elect), base="needed", draws=True, each={"weight": NEEDED, "density": 1.0, **each},
         shared={"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False},
-        entries=trim is None and not elect,
+        entries=trim is None and not elect, check=task_vectors.check_trim,
     )  # fmt: skip
 
 

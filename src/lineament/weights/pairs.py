@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lineament import data, models, train
+from lineament._base.errors import unknown
 from lineament._base.seeds import seeded
 from lineament.weights.alignment import Alignment, alignment
 from lineament.weights.evaluate import prediction_loss
@@ -44,6 +45,8 @@ def classifiers(kind: str, images: data.Images, seeds: Sequence[int], *, epochs:
             with one cycle to 4e-3, batches of 64).
         seeds: one per net: of its beginning and its order.
     """
+    if kind not in ("MLP", "ResNet"):
+        raise unknown("kind of classifier", kind, ("MLP", "ResNet"))
     size = images.pixels[0].numel()
     if kind == "ResNet":
         warmup = 3 * epochs * (len(images) // 64) // 10

@@ -128,7 +128,7 @@ def save_signature(
     """Write a signature as one safetensors file, quantised if `levels` is given.
 
     Returns:
-        Bytes of the file and of the same tensors in float32, and the bits per number.
+        Bytes of the file and of the same tensors in float32, and bits per number in the file, headers included.
     """
     tensors, told = {}, {"scheme": scheme if levels else "float", "lineament": "signature"}
     for name, spec in signature.specs.items():
@@ -139,7 +139,8 @@ def save_signature(
             tensors[name] = x.to(spec.dtype)
     file = io.save_tensors(tensors, path, told)
     count = sum(math.prod(spec.shape) for spec in signature.specs.values())
-    return {"bytes": file.stat().st_size, "float32": 4 * count, "bits": math.log2(levels) if levels else 32}
+    size = file.stat().st_size
+    return {"bytes": size, "float32": 4 * count, "bits": 8 * size / count}
 
 
 def load_signature(path: str | Path) -> Point:

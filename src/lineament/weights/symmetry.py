@@ -114,11 +114,8 @@ def symmetry(model: nn.Module, *args: Any, check: int = 1, **kwargs: Any) -> Sym
         1 free classes, 6 frozen, 10^4.6 elements
     """
     axes = graph.axes(model, *args, **kwargs)
-    owners: dict[int, str] = {}
-    aliases = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases[name] = owners.setdefault(id(parameter), name)
-    found = Symmetry(axes.classes, axes, {name: owner for name, owner in aliases.items() if name != owner})
+    aliases = {alias: owner for owner, *others in graph.tied(model) for alias in others}
+    found = Symmetry(axes.classes, axes, aliases)
     return checked(found, model, args, kwargs, tries=check) if check else found
 
 
@@ -139,7 +136,7 @@ def checked(
     free, worst = list(found.free), 0.0
     for _ in range(tries):
         error = trial.error(found.random(draw, free))
-        if error > ALLOWED:
+        while error > ALLOWED:
             bad = _failing(found, trial, free, draw)
             free = [cls for cls in free if cls not in bad]
             why = "the self-check failed: permuting it changes the function"

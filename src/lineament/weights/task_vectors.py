@@ -4,8 +4,9 @@ Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089), TIES (Yadav et al. 2023
 2311.03099), Breadcrumbs (Davari and Belilovsky 2024, 2312.06795) and DELLA (Deep et al. 2024, 2406.11617) are rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,8 +92,6 @@ def _trimmed(
 ) -> Tensor:
     if trim is None or density >= 1:
         return delta
-    if density < 0 or density != density:
-        raise InputError(f"density is {density}; expected a share from 0 to 1")
     before = delta.abs().sum() if rescale in (True, "l1") else None
     delta.mul_(trim(delta, density=density, generator=generator, **options))
     if before is not None:
@@ -100,9 +99,20 @@ def _trimmed(
         return delta.mul_(before / after) if before >= 1e-7 and after >= 1e-7 else delta
     if rescale == "1/density":
         return delta.div_(density) if density else delta
-    if rescale not in (False, "none"):
-        raise InputError(f"rescale is {rescale!r}; expected l1, 1/density or none")
     return delta
+
+
+def check_trim(options: Mapping[str, Any]) -> None:
+    """Refuse shares and rescalings that are none, before a tensor is read.
+
+    Raises:
+        InputError: a density below 0 or NaN, or an unknown `rescale`.
+    """
+    for density in options["density"]:
+        if not density >= 0:
+            raise InputError(f"density is {density}; expected a share from 0 to 1")
+    if options["rescale"] not in (True, False, "l1", "1/density", "none"):
+        raise InputError(f"rescale is {options['rescale']!r}; expected l1, 1/density or none")
 
 
 def largest(delta: Tensor, *, density: float, generator: torch.Generator | None = None) -> Tensor:

@@ -101,7 +101,8 @@ def carried(part: Part, state: Tensor, transition: Tensor) -> Tensor:
     return _Carry.apply(state, transition, part)  # type: ignore[no-any-return]
 
 
-def _moved(transition: Tensor, state: Tensor) -> Tensor:
+def moved_by(transition: Tensor, state: Tensor) -> Tensor:
+    """Apply a transition, factors [.., K] or matrices [.., K, K], to a state."""
     return transition[..., None] * state if transition.dim() == 3 else transition @ state
 
 
@@ -116,7 +117,7 @@ class _Carry(torch.autograd.Function):
         moves = moves if transition.dim() == 4 else moves[..., 0]
         before = torch.zeros_like(state)
         for rank in range(part.rank):
-            before = _moved(moves[rank], before) + states[rank]
+            before = moved_by(moves[rank], before) + states[rank]
         ctx.part = part
         ctx.save_for_backward(moves, before)
         return before
@@ -130,7 +131,7 @@ class _Carry(torch.autograd.Function):
         after = torch.zeros_like(grad)  # of the state behind this rank's last token, from all later ranks
         for rank in reversed(range(part.rank + 1, part.world)):
             back = moves[rank].mT if moves.dim() == 5 else moves[rank]
-            after = _moved(back, after) + grads[rank]
+            after = moved_by(back, after) + grads[rank]
         of_move = after @ before.mT if moves.dim() == 5 else (after * before).sum(-1)
         return after, of_move, None
 

@@ -190,7 +190,7 @@ def sequence_parallel(
     try:
         yield part
     finally:
-        _active.remove(part)
+        _active.pop()
 
 
 def _documents(cu_seqlens: Tensor | Sequence[int] | None, total: int) -> tuple[int, ...] | None:

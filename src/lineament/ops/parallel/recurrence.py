@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lineament.ops.parallel.collectives import carried, only_if, tied
+from lineament.ops.parallel.collectives import carried, moved_by, only_if, tied
 from lineament.ops.parallel.part import Part
 
 Run = Callable[..., tuple[Tensor, Tensor]]
@@ -47,7 +47,7 @@ def run_parallel(
     ends = len(part.borders) == 2 or not packed  # the document that enters is the one that leaves
     reached = carried(part, only_if(part.goes_on, last[leaving]), only_if(ends and part.goes_on, moved))
     o = tied((o.to(reached.dtype) + _read(reach, reached)).to(v.dtype), reached)
-    final = _moved(moved, reached) + last[entering]
+    final = moved_by(moved, reached) + last[entering]
     return o, torch.cat([final, last[1:]]) if packed else final
 
 
@@ -68,10 +68,6 @@ def scan_parallel(part: Part, run: Run, x: Tensor, log_decay: Tensor, state: Ten
     more = torch.nn.functional.pad(reach * reached[:, None], (0, 0, 0, x.shape[1] - first))
     final = moved * reached + last[entering]
     return tied(o + more, reached), torch.cat([final, last[1:]]) if packed else final
-
-
-def _moved(moved: Tensor, state: Tensor) -> Tensor:
-    return moved[..., None] * state if moved.dim() == 3 else moved @ state
 
 
 def _read(q: Tensor, state: Tensor) -> Tensor:
