@@ -154,6 +154,7 @@ CASES = {
     "LinalgVectorNorm": (lambda x: torch.linalg.vector_norm(x, dim=1), GRID),
     "Prod": (lambda x: x.prod(1), GRID),
     "Logsumexp": (lambda x: x.logsumexp(1), GRID),
+    "Logaddexp": (lambda x: torch.logaddexp(x, x.flip(1) - 0.5), FLAT),
     "Erfc": (torch.erfc, FLAT),
     "Log2": (torch.log2, FLAT),
     "LogSoftmax": (lambda x: x.log_softmax(1), FLAT),

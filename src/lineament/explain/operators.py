@@ -356,7 +356,7 @@ OPERATORS: dict[str, Callable[["Step"], None]] = {
     **_named(
         tangent,
         "Exp Exp2 Sigmoid Softplus LogSigmoid Cos Log Rsqrt Reciprocal Hardsigmoid Clamp ClampMin ClampMax Var Std "
-        "LinalgVectorNorm Norm Prod Logsumexp LogSoftmax Erfc Log2",
+        "LinalgVectorNorm Norm Prod Logsumexp Logaddexp LogSoftmax Erfc Log2",
     ),
     **_named(flat, "Round Floor Ceil Trunc Sign Sgn"),
     **_named(linear, " ".join(_OPERANDS)),
