@@ -12,12 +12,24 @@
 - `path(model, a, b, batches) -> Path` (`.barrier`); `bent` trains a curve; `layerwise`, `second_order`, `plane`,
   `fork` and `geometry` look at the landscape around it. `trained` and `compared`: classifiers trained
   apart, and their line in four arms.
+- `FastSlow(model, LoraConfig(...))`: a fast and a slow adapter; `continual(learner, lessons, config, score) -> Stream`
+  teaches tasks one after another, with replay from a `Reservoir`; `line` looks between two adapters.
 """
 
 from lineament.weights.alignment import Alignment, alignment
+from lineament.weights.continual import (
+    CONTINUAL,
+    Lesson,
+    Stream,
+    average,
+    backward_transfer,
+    continual,
+    forgetting,
+)
 from lineament.weights.continuous import Family, continuous
 from lineament.weights.elements import Element
 from lineament.weights.evaluate import prediction_loss, score
+from lineament.weights.fast_slow import ADAPTERS, FastSlow, Reservoir, line, replay_loss
 from lineament.weights.landscape import (
     Fork,
     Geometry,
@@ -42,34 +54,45 @@ from lineament.weights.straight_through import straight_through
 from lineament.weights.symmetry import Symmetry, SymmetryError, symmetry
 
 __all__ = [
+    "ADAPTERS",
     "ARMS",
+    "CONTINUAL",
     "METHODS",
     "Alignment",
     "Compared",
     "Element",
     "Family",
+    "FastSlow",
     "Fork",
     "Geometry",
+    "Lesson",
     "Method",
     "Path",
     "Plane",
     "Point",
+    "Reservoir",
     "SecondOrder",
     "Source",
     "Spec",
+    "Stream",
     "Symmetry",
     "SymmetryError",
     "alignment",
+    "average",
+    "backward_transfer",
     "bent",
     "classifiers",
     "compared",
+    "continual",
     "continuous",
     "fisher",
+    "forgetting",
     "fork",
     "geometry",
     "grams",
     "images_in_batches",
     "layerwise",
+    "line",
     "match",
     "merge",
     "module_of",
@@ -77,6 +100,7 @@ __all__ = [
     "plane",
     "prediction_loss",
     "repair",
+    "replay_loss",
     "reset_batch_norm",
     "score",
     "second_order",
