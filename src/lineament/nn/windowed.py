@@ -160,7 +160,7 @@ class HedgehogWindow(nn.Module):
         decay = log_decay.expand(k.shape[:-1]) if self.decay is not None else None
         return phi_q.flatten(2), phi_k.flatten(2), gate.narrow(1, 0, heads), decay
 
-    def _once(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _once(self) -> tuple[Tensor, ...]:
         q, k = self.map_q, self.map_k
         watched = (
             self.log_scale, self.scale_query, self.gate_key, self.gate_bias, self.decay, q.weight, q.bias,
