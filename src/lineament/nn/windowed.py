@@ -201,7 +201,8 @@ class HedgehogWindow(nn.Module):
         if cu_seqlens is None and stepping(q.shape[1], state):
             q, k, v = q.select(1, 0), k.select(1, 0), v.select(1, 0)
             if self.outer and self.config.window and self.decay is None and refused(state, q, k, v) is None:
-                return product_step_(q, k, v, *self._once()[:2], state, **near).unsqueeze(1), state
+                weight, bias, _ = self._once()
+                return product_step_(q, k, v, weight, bias, state, **near).unsqueeze(1), state
             phi_q, phi_k, scale, log_decay = self.step_gates(q, k) if self._folds else self.gates(q, k)
             o = windowed_step_(
                 q, k, v, phi_q, phi_k, scale, state, log_decay=log_decay, outer=self.outer, logits=bool(self.outer),
