@@ -39,7 +39,7 @@ class Stream:
 
     Attributes:
         names: of the tasks, in order.
-        scores: adapter -> [T][T]: the score on task j after task i.
+        scores: adapter -> [T, T]: the score on task j after task i.
         points: adapter -> its point after each task, for `line`.
     """
 
@@ -61,7 +61,7 @@ class Stream:
 
 
 def average(scores: Sequence[Sequence[float]]) -> float:
-    """Return the mean of the last row of a table of scores [T][T], a_ij of task j after task i.
+    """Return the mean of the last row of a table of scores [T, T], a_ij of task j after task i.
 
     Example:
         >>> average([[0.9, 0.1], [0.5, 0.8]])
