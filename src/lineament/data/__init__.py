@@ -8,6 +8,7 @@ from lineament.data.carriers import cloud_docs, docstrings, python_topics
 from lineament.data.files import SUFFIXES, from_hub, from_path
 from lineament.data.images import IMAGES, Images, image_batches, load_images, normalized
 from lineament.data.packing import PackedTokens, Tokenizer, batches, beginning, pack, split_documents, tokenize, windows
+from lineament.data.patches import load_patches
 from lineament.data.wiki import wiki_sample
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "beginning",
     "image_batches",
     "load_images",
+    "load_patches",
     "load_text",
     "normalized",
     "pack",

@@ -12,6 +12,7 @@
 - `TensorAttention(width, heads)`: self-attention over pairs of keys, exact, windowed or near-linear.
 - `HyperBlock(channels, factor, HyperConfig(size=...))`: maps mixed by generated kernels (`HyperKernel`,
   `LocalKernel`) as large as the image. `GroupedStandardization`, `ByBatch`, `by_sample`: nothing learned in them.
+- `ResidualMLP(config)`, `matched(shape, ..., budget)`: residual MLPs with a narrow or a wide skip, of equal parameters.
 - `quiet_log_scale`: where a far part starts unheard.
 """
 
@@ -27,6 +28,7 @@ from lineament.nn.hyperzzw import HyperBlock, HyperConfig
 from lineament.nn.layers import LAYERS, published
 from lineament.nn.lightnet import cosines, global_field
 from lineament.nn.mixer import Mixer, MixerCache, Slots
+from lineament.nn.residual_mlp import ResidualMLP, ResidualMLPConfig, hadamard, matched
 from lineament.nn.rows import Rows
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.softmax import KeyValues, causal_softmax
@@ -61,6 +63,8 @@ __all__ = [
     "Mixer",
     "MixerCache",
     "MixerConfig",
+    "ResidualMLP",
+    "ResidualMLPConfig",
     "Rows",
     "ShortConv",
     "Slots",
@@ -75,6 +79,8 @@ __all__ = [
     "check_heads_input",
     "cosines",
     "global_field",
+    "hadamard",
+    "matched",
     "published",
     "quiet_log_scale",
     "share_lower_bounds_",

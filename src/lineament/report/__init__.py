@@ -2,6 +2,7 @@
 
 from lineament.report.evidence import Evidence
 from lineament.report.figures import bars, curve, heatmap
+from lineament.report.front import front
 from lineament.report.heat import HeatText, heat_image, heat_text
 from lineament.report.machine import machine, versions
 from lineament.report.page import Details, Picture, Rows, Samples, Section, Text, Tiles, page
@@ -19,6 +20,7 @@ __all__ = [
     "Tiles",
     "bars",
     "curve",
+    "front",
     "heat_image",
     "heat_text",
     "heatmap",

@@ -25,6 +25,7 @@ from lineament.tasks.perplexity import (
 )
 from lineament.tasks.predictions import token_nll
 from lineament.tasks.recall import RECALLS, Recall, recall_loss, score_recall
+from lineament.tasks.restore import class_means, lowered, nearest_prototype, noisy, psnr, restoration_loss
 from lineament.tasks.retrieval import (
     FACTS,
     Prompt,
@@ -58,6 +59,7 @@ __all__ = [
     "bootstrap_ratio",
     "cache_bytes",
     "characters",
+    "class_means",
     "context_gain",
     "decode_speed",
     "filled_cache",
@@ -65,17 +67,22 @@ __all__ = [
     "in_turn",
     "is_student",
     "learn_characters",
+    "lowered",
     "make_bodies",
     "make_prompts",
     "match3",
     "match3_batch",
     "match3_by_hand",
+    "nearest_prototype",
+    "noisy",
     "paired_points",
     "peak_memory",
     "perplexity",
     "perplexity_by_length",
     "prefill_speed",
+    "psnr",
     "recall_loss",
+    "restoration_loss",
     "score",
     "score_bodies",
     "score_recall",
