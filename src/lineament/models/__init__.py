@@ -25,13 +25,15 @@
 - `load_model(name)`: a model in its own format, every key accounted for. `FLA`: fla's families, read without fla.
 - `sequence_parallel_loss(model, input_ids)`: sequences spread over ranks; `average_gradients_(model)` without DDP.
 - `Terminator(TerminatorConfig(...))`, `TERMINATOR_CIFAR`: classifiers of images and sequences by hyper-kernels.
-- `dense_classifier(sizes)`, `ResidualClassifier()`: small nets on images, for studies of weight space.
+- `widen(model, groups)`: neighbouring layers as one wide layer; `with_experts(model, {layer: Experts})`, `experts_of`,
+  `set_active_`: feed-forward layers as experts. Ordinary folders both.
+- `dense_classifier(sizes)`, `residual_classifier(...)`, `ResidualClassifier()`: small nets on images, to study weights.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
 from lineament.models.adapters import ADAPTERS, Adapter, adapter_for, attentions, head_shape, sliding_layers
 from lineament.models.cache import StudentCache
-from lineament.models.classifiers import ResidualClassifier, dense_classifier
+from lineament.models.classifiers import ResidualClassifier, dense_classifier, residual_classifier
 from lineament.models.decoder import DecoderConfig, DecoderForCausalLM, DecoderModel, register_decoder
 from lineament.models.encoder import build_encoder, encoder_mixers, register_encoders
 from lineament.models.families import FAMILIES, Family, decoder_config, full_layers, match_parameters, parameters
@@ -40,6 +42,7 @@ from lineament.models.generate import cache_nbytes, write_text
 from lineament.models.load import find_model, load_model, load_teacher
 from lineament.models.parallel import average_gradients_, sequence_parallel_loss
 from lineament.models.prefill import Prefilled, prefill
+from lineament.models.rebuilt import experts_of, register_rebuilt, set_active_, widen, with_experts
 from lineament.models.speed_up import SpedUp, speed_up_
 from lineament.models.student import (
     build_student,
@@ -58,6 +61,7 @@ register_all()
 register_encoders()
 register_decoder()
 register_fla()
+register_rebuilt()
 
 __all__ = [
     "ADAPTERS",
@@ -85,6 +89,7 @@ __all__ = [
     "decoder_config",
     "dense_classifier",
     "encoder_mixers",
+    "experts_of",
     "find_model",
     "full_layers",
     "head_shape",
@@ -100,13 +105,18 @@ __all__ = [
     "register_decoder",
     "register_encoders",
     "register_fla",
+    "register_rebuilt",
+    "residual_classifier",
     "self_ensemble",
     "sequence_parallel_loss",
+    "set_active_",
     "sliding_layers",
     "speed_up_",
     "student_class",
     "subsampled",
     "tiny",
     "tiny_teacher",
+    "widen",
+    "with_experts",
     "write_text",
 ]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lineament.nn import Residual, SideBySide
+
 
 def dense_classifier(sizes: Sequence[int]) -> nn.Sequential:
     """Return flatten, then linear layers of these sizes with ReLU between them.
@@ -18,6 +20,27 @@ def dense_classifier(sizes: Sequence[int]) -> nn.Sequential:
     for inward, outward in itertools.pairwise(sizes):
         layers += [nn.Linear(inward, outward), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def residual_classifier(
+    inputs: int, width: int, layers: int, classes: int, *, side_by_side: bool = False, scale: float = 1.0
+) -> nn.Sequential:
+    """Return flatten, a linear map to `width`, residual layers `h + scale relu(W h + b)`, and a linear head.
+
+    Both forms have the same parameters and, from the same seed, the same values.
+
+    Args:
+        side_by_side: all layers read the same h, and their outputs are summed, instead of one after the other.
+        scale: of every branch; 1 / sqrt(layers) for more than some 30 layers.
+
+    Example:
+        >>> residual_classifier(64, 32, 4, 10)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    stem = nn.Linear(inputs, width)
+    stack = [Residual(nn.Sequential(nn.Linear(width, width), nn.ReLU()), scale) for _ in range(layers)]
+    head = nn.Linear(width, classes)
+    return nn.Sequential(nn.Flatten(), stem, SideBySide(stack) if side_by_side else nn.Sequential(*stack), head)
 
 
 class ResidualBlock(nn.Module):

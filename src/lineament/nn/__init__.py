@@ -13,6 +13,8 @@
 - `HyperBlock(channels, factor, HyperConfig(size=...))`: maps mixed by generated kernels (`HyperKernel`,
   `LocalKernel`) as large as the image. `GroupedStandardization`, `ByBatch`, `by_sample`: nothing learned in them.
 - `ResidualMLP(config)`, `matched(shape, ..., budget)`: residual MLPs with a narrow or a wide skip, of equal parameters.
+- `Residual`, `SideBySide`, `Through`, `fuse`: residual layers next to each other, and those as one wide layer.
+- `Experts(ExpertsConfig(...))`, `Router`: a feed-forward layer's own units in groups, of which some work on a token.
 - `quiet_log_scale`: where a far part starts unheard.
 """
 
@@ -21,6 +23,7 @@ from lineament.nn.build import BUILDERS, PUBLISHED, build
 from lineament.nn.config import MixerConfig
 from lineament.nn.decays import share_lower_bounds_
 from lineament.nn.delta import DeltaHeads, DeltaState
+from lineament.nn.experts import Experts, ExpertsConfig, Router
 from lineament.nn.feature_maps import FEATURE_MAPS
 from lineament.nn.heads import ConvertedHeads, HeadMixer, LayerState, check_heads_input
 from lineament.nn.hyper_kernel import HyperKernel, LocalKernel
@@ -29,6 +32,7 @@ from lineament.nn.layers import LAYERS, published
 from lineament.nn.lightnet import cosines, global_field
 from lineament.nn.mixer import Mixer, MixerCache, Slots
 from lineament.nn.residual_mlp import ResidualMLP, ResidualMLPConfig, hadamard, matched
+from lineament.nn.residual import Fused, Residual, SideBySide, Through, fuse
 from lineament.nn.rows import Rows
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.softmax import KeyValues, causal_softmax
@@ -48,6 +52,9 @@ __all__ = [
     "CountedState",
     "DeltaHeads",
     "DeltaState",
+    "Experts",
+    "ExpertsConfig",
+    "Fused",
     "GroupedStandardization",
     "HeadMixer",
     "HedgehogWindow",
@@ -65,19 +72,24 @@ __all__ = [
     "MixerConfig",
     "ResidualMLP",
     "ResidualMLPConfig",
+    "Residual",
+    "Router",
     "Rows",
     "ShortConv",
+    "SideBySide",
     "Slots",
     "SoftmaxWindow",
     "SubsampledAttention",
     "Subsampling",
     "TensorAttention",
+    "Through",
     "ToeplitzEncoding",
     "build",
     "by_sample",
     "causal_softmax",
     "check_heads_input",
     "cosines",
+    "fuse",
     "global_field",
     "hadamard",
     "matched",

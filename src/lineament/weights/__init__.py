@@ -14,6 +14,8 @@
   apart, and their line in four arms.
 - `FastSlow(model, LoraConfig(...))`: a fast and a slow adapter; `continual(learner, lessons, config, score) -> Stream`
   teaches tasks one after another, with replay from a `Reservoir`; `line` looks between two adapters.
+- `side_by_side(model, layers, groups)`: modules that let layers of a stack run next to each other, for `graph.swap`;
+  `orders(layers, x)` and `decoder_orders` say what that drops, `parallel_bound` and `parallel_error` how much it is.
 """
 
 from lineament.weights.alignment import Alignment, alignment
@@ -49,6 +51,16 @@ from lineament.weights.pairs import ARMS, Compared, classifiers, compared, image
 from lineament.weights.path import Path, bent, path
 from lineament.weights.point import Point, Source, Spec
 from lineament.weights.repair import repair, reset_batch_norm
+from lineament.weights.shallow import (
+    Orders,
+    decoder_orders,
+    groups_of,
+    orders,
+    over_determination,
+    parallel_bound,
+    parallel_error,
+    side_by_side,
+)
 from lineament.weights.statistics import fisher, grams
 from lineament.weights.straight_through import straight_through
 from lineament.weights.symmetry import Symmetry, SymmetryError, symmetry
@@ -67,6 +79,7 @@ __all__ = [
     "Geometry",
     "Lesson",
     "Method",
+    "Orders",
     "Path",
     "Plane",
     "Point",
@@ -85,17 +98,23 @@ __all__ = [
     "compared",
     "continual",
     "continuous",
+    "decoder_orders",
     "fisher",
     "forgetting",
     "fork",
     "geometry",
     "grams",
+    "groups_of",
     "images_in_batches",
     "layerwise",
     "line",
     "match",
     "merge",
     "module_of",
+    "orders",
+    "over_determination",
+    "parallel_bound",
+    "parallel_error",
     "path",
     "plane",
     "prediction_loss",
@@ -104,6 +123,7 @@ __all__ = [
     "reset_batch_norm",
     "score",
     "second_order",
+    "side_by_side",
     "straight_through",
     "symmetry",
     "trained",
