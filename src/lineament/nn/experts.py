@@ -135,7 +135,7 @@ class Experts(nn.Module):
 
     def _runs(self, mask: Tensor | None) -> Iterator[tuple[int, int]]:
         """Cut the experts that some token wants into runs of neighbours, each a slice of the weights and no copy."""
-        if mask is None or (torch.is_grad_enabled() and self.inner.requires_grad):
+        if mask is None:
             return iter([(0, self.inner.shape[0])])
         return runs(mask.any(0).tolist())
 
