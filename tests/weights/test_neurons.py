@@ -64,7 +64,7 @@ def test_activity_counts_shares_below_the_largest():
     model, (x, _) = net(), batch()
     (row,) = neurons.activity(model, "2", [x])
     m = neurons.indicator(model[2], model[:2](x))
-    below = [[float(v) < 0.2 * float(token.max()) for v in token] for token in m]
+    below = [[v.item() < 0.2 * token.max().item() for v in token] for token in m]
     assert row["below 0.2"] == pytest.approx(sum(map(sum, below)) / m.numel())
     assert row["active"] == pytest.approx(float((m > 0).double().mean()))
 
