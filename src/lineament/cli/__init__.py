@@ -50,6 +50,7 @@ for command in (
     papers.reproduce,
     explaining.explain,
     explaining.coverage,
+    explaining.scope,
     doctor.doctor,
 ):
     app.command(rich_help_panel=None)(command)

@@ -1,7 +1,7 @@
-"""`lineament explain` and `coverage`: where an output comes from, and which operators a model is made of."""
+"""`lineament explain`, `scope` and `coverage`: where an output comes from, and which operators a model is made of."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,26 +24,60 @@ def explain(
 
     Example: lineament explain smollm2 --text "The capital of France is" --html why.html
     """
-    from lineament._base.errors import InputError
     from lineament.cli.messages import print_json, quiet, show
     from lineament.explain.reading import explain_image, explain_text
 
     quiet()
-    if (text is None) == (image is None):
-        raise InputError("give either --text or --image")
-    if text is not None:
-        found = explain_text(model, text, target=target, rules=rules)
-    else:
-        assert image is not None
-        if target is not None and not target.isdigit():
-            raise InputError(f"--target is {target!r}; for pictures it is a class number")
-        found = explain_image(model, image, target=None if target is None else int(target), rules=rules)
+    found = _read(explain_text, explain_image, model, text, image, target, rules=rules)
     written = [found.write_html(html)] if html else []
     written += [found.write_png(png)] if png else []
     if json:
         print_json(found.to_json())
     else:
         show(*found.tables(), *(f"written: {path}" for path in written))
+
+
+def scope(
+    model: Model,
+    text: Annotated[str | None, typer.Option(help="Text for a language model to go on from.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture for an image classifier.")] = None,
+    target: Annotated[str | None, typer.Option(help="Word (or class number) to read, else the likeliest.")] = None,
+    singular: Annotated[int, typer.Option(min=0, help="How many singular values; each takes tens of passes.")] = 4,
+    center: Annotated[str, typer.Option(help="Norms subtract the mean of the data or of the probe.")] = "data",
+    gate: Annotated[str, typer.Option(help="Products of two live tensors: half each, or linear.")] = "half",
+    html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    json: Json = False,
+) -> None:
+    """Read a model as the affine map f(x) = A x + r it is for one input: votes, bias response, singular basis.
+
+    Example: lineament scope smollm2 --text "The capital of France is" --html scope.html
+    """
+    from lineament.cli.messages import print_json, quiet, show
+    from lineament.explain.scope_reading import scope_image, scope_text
+
+    quiet()
+    choices = {"singular": singular, "center": center, "gate": gate}
+    found = _read(scope_text, scope_image, model, text, image, target, **choices)
+    written = [found.write_html(html)] if html else []
+    if json:
+        print_json(found.to_json())
+    else:
+        show(*found.tables(), *(f"written: {path}" for path in written))
+
+
+def _read(
+    by_text: Any, by_image: Any, model: str, text: str | None, image: Path | None, target: str | None, **options: Any
+) -> Any:
+    """Read a text or a picture, whichever was given."""
+    from lineament._base.errors import InputError
+
+    if text is not None and image is None:
+        return by_text(model, text, target=target, **options)
+    if image is None or text is not None:
+        raise InputError("give either --text or --image")
+    if target is not None and not target.isdigit():
+        raise InputError(f"--target is {target!r}; for pictures it is a class number")
+    return by_image(model, image, target=None if target is None else int(target), **options)
 
 
 def coverage(

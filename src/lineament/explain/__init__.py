@@ -5,6 +5,7 @@
   are rules of linear maps. `METHODS`: integrated gradients, SmoothGrad, occlusion, rollout.
 - `effects(model, clean, corrupt, metric, sites, *, method) -> Effects`: activation patching, ablations, and estimates:
   attribution patching, RelP, integrated gradients, direct logit attribution.
+- `scope(model, x) -> Scope`: the affine map f(x) = A x + r the model is for one input, to be run, transposed, read.
 - `coverage(model, inputs)`: operator x count x rule.
 - `infidelity`, `sensitivity`, `flipping`, `abpc`: how good an explanation is.
 """
@@ -18,6 +19,7 @@ from lineament.explain.operators import OPERATORS
 from lineament.explain.quality import abpc, flipping, infidelity, sensitivity
 from lineament.explain.relevance import Relevance, relevance
 from lineament.explain.rules import RULES, Rules
+from lineament.explain.scope import Scope, scope
 
 __all__ = [
     "COLUMNS",
@@ -38,6 +40,7 @@ __all__ = [
     "Relevance",
     "Rollout",
     "Rules",
+    "Scope",
     "SmoothGrad",
     "WSquare",
     "ZBox",
@@ -48,5 +51,6 @@ __all__ = [
     "flipping",
     "infidelity",
     "relevance",
+    "scope",
     "sensitivity",
 ]

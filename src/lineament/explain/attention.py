@@ -75,6 +75,16 @@ def fused(s: "Step") -> None:
             s.send(position, coef=found)
 
 
+def pattern(s: "Step") -> Tensor:
+    """Return the whole pattern [..., H, T, S] of a fused attention."""
+    q, k = s.value(0), s.value(1)
+    groups, scale = q.shape[-3] // k.shape[-3], s.argument("scale")
+    k = k.repeat_interleave(groups, -3) if groups > 1 else k
+    raw = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    mask = _mask(s, raw, 0)
+    return torch.nan_to_num((raw if mask is None else raw + mask).softmax(-1))
+
+
 def _native(s: "Step") -> None:
     """Without a ledger, the node's own derivative and the shares of the two products will do."""
     share = 0.5 if s.rules.attention == "half" else 1.0

@@ -16,7 +16,7 @@ def layer_norm(s: "Step") -> None:
     shape = s.argument("normalized_shape")
     dims = list(range(-len(shape), 0))
     _frozen(
-        s, lambda h: h - h.mean(dims, keepdim=True), wide(s.saved("result2")), _affine(s, "weight"), _affine(s, "bias")
+        s, lambda h: h - h.mean(dims, keepdim=True), wide(s.saved("result2")), affine(s, "weight"), affine(s, "bias")
     )
 
 
@@ -26,7 +26,7 @@ def rms_norm(s: "Step") -> None:
     dims = list(range(-len(s.argument("normalized_shape")), 0))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     rstd = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
-    _frozen(s, lambda h: h, rstd, _affine(s, "weight"), None)
+    _frozen(s, lambda h: h, rstd, affine(s, "weight"), None)
 
 
 def group_norm(s: "Step") -> None:
@@ -35,7 +35,7 @@ def group_norm(s: "Step") -> None:
     groups = s.argument("group")
     rstd = wide(s.saved("result2"))
     along = (1, -1, *[1] * (len(x_shape) - 2))
-    affine = [None if a is None else a.view(along) for a in (_affine(s, "weight"), _affine(s, "bias"))]
+    scaling = [None if a is None else a.view(along) for a in (affine(s, "weight"), affine(s, "bias"))]
     spread = rstd.view(x_shape[0], groups, 1).expand(-1, -1, x_shape[1] // groups)
     rstd = spread.reshape(x_shape[0], x_shape[1], *[1] * (len(x_shape) - 2))
 
@@ -43,7 +43,7 @@ def group_norm(s: "Step") -> None:
         inside = h.reshape(x_shape[0], groups, -1)
         return (inside - inside.mean(-1, keepdim=True)).reshape(h.shape)
 
-    _frozen(s, centred, rstd, affine[0], affine[1])
+    _frozen(s, centred, rstd, scaling[0], scaling[1])
 
 
 def batch_norm(s: "Step") -> None:
@@ -69,7 +69,7 @@ def batch_affine(s: "Step") -> tuple[Tensor, Tensor]:
     mean, var = (s.argument(name).to(torch.promote_types(torch.float32, s.argument(name).dtype))
                  for name in ("running_mean", "running_var"))  # fmt: skip
     scale = (var + s.argument("eps")).rsqrt()
-    weight, bias = _affine(s, "weight"), _affine(s, "bias")
+    weight, bias = affine(s, "weight"), affine(s, "bias")
     scale = scale if weight is None else scale * weight
     return scale, (0.0 if bias is None else bias) - mean * scale
 
@@ -77,10 +77,10 @@ def batch_affine(s: "Step") -> tuple[Tensor, Tensor]:
 def _instance_norm(s: "Step") -> None:
     shape = s.shape(0)
     along, dims = (1, -1, *[1] * (len(shape) - 2)), [0, *range(2, len(shape))]
-    affine = [None if a is None else a.view(along) for a in (_affine(s, "weight"), _affine(s, "bias"))]
+    scaling = [None if a is None else a.view(along) for a in (affine(s, "weight"), affine(s, "bias"))]
     x = s.value(0)
     rstd = (x.var(dims, unbiased=False, keepdim=True) + s.argument("eps")).rsqrt()
-    _frozen(s, lambda h: h - h.mean(dims, keepdim=True), rstd, affine[0], affine[1])
+    _frozen(s, lambda h: h - h.mean(dims, keepdim=True), rstd, scaling[0], scaling[1])
 
 
 def _frozen(s: "Step", centred, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -103,7 +103,7 @@ def _frozen(s: "Step", centred, rstd: Tensor, weight: Tensor | None, bias: Tenso
         s.absorb("remainder", -s.value(0) * found)
 
 
-def _affine(s: "Step", name: str) -> Tensor | None:
+def affine(s: "Step", name: str) -> Tensor | None:
     """Return a norm's weight or bias, if it has one."""
     found = s.argument(name)
     return None if found is None else wide(found)

@@ -187,7 +187,7 @@ def prelu(s: "Step") -> None:
 
 def linear(s: "Step") -> None:
     """W x + b, or a product of two tracked tensors."""
-    first, second = _OPERANDS[s.name]
+    first, second = OPERANDS[s.name]
     live = [i for i in (first, second) if i in s.live()]
     if len(live) != 1:
         if live:
@@ -227,7 +227,7 @@ def _send_bias(s: "Step", c: Tensor) -> None:
 
 def _weights(s: "Step", position: int) -> tuple[Tensor, Callable, Callable]:
     """Return the weight of a linear map, its product and its transpose."""
-    first, second = _OPERANDS[s.name]
+    first, second = OPERANDS[s.name]
     w = s.operand(second if position == first else first)
     if s.name == "Convolution":
         return w, *_convolution(s)
@@ -295,15 +295,15 @@ def _folded(
 
 def is_linear(tape: Tape, index: int) -> bool:
     """Say whether a node is a linear map of one tracked tensor."""
-    if tape.names[index] not in _OPERANDS or not tape.live[index]:
+    if tape.names[index] not in OPERANDS or not tape.live[index]:
         return False
-    first, second = _OPERANDS[tape.names[index]]
+    first, second = OPERANDS[tape.names[index]]
     edges = tape.edges[index]
     live = [i for i in (first, second) if edges[i][0] >= 0 and tape.live[edges[i][0]]]
     return len(live) == 1
 
 
-_OPERANDS = {
+OPERANDS = {
     "Mm": (0, 1), "Bmm": (0, 1), "Addmm": (1, 2), "Baddbmm": (1, 2), "Convolution": (0, 1), "GroupedMm": (0, 1),
     "Mv": (0, 1),
 }  # fmt: skip
@@ -359,7 +359,7 @@ OPERATORS: dict[str, Callable[["Step"], None]] = {
         "LinalgVectorNorm Norm Prod Logsumexp Logaddexp LogSoftmax Erfc Log2",
     ),
     **_named(flat, "Round Floor Ceil Trunc Sign Sgn"),
-    **_named(linear, " ".join(_OPERANDS)),
+    **_named(linear, " ".join(OPERANDS)),
     **_named(
         attention.fused,
         "ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention ScaledDotProductEfficientAttention "

@@ -91,12 +91,12 @@ def _island(s: "Step", leaf: tuple[int, int]) -> None:
         small = x.abs() < NEAR_ZERO
         ratio = y / torch.where(small, 1.0, x)
         if bool(small.any()):
-            ratio = torch.where(small, _slope(s, leaf, x), ratio)
+            ratio = torch.where(small, slope_at_zero(s, leaf, x), ratio)
         coef = message.coef * ratio
     inbox.add(message.rel, coef)
 
 
-def _slope(s: "Step", leaf: tuple[int, int], x: Tensor) -> Tensor:
+def slope_at_zero(s: "Step", leaf: tuple[int, int], x: Tensor) -> Tensor:
     """phi'(0), as a secant around 0."""
     step = 1e-3 if x.dtype == torch.float32 else 1e-5
     up, down = (_along(s, leaf, torch.full_like(x, h)) for h in (step, -step))

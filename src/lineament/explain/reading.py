@@ -149,7 +149,7 @@ def explain_image(model: str, image: str | Path, *, target: int | None = None, r
     Raises:
         InputError: no such model, or no picture.
     """
-    net, pixels = _picture(model, Path(image))
+    net, pixels = picture_of(model, Path(image))
     found = relevance(net, {"pixel_values": pixels}, target=target, rules=rules)
     label = int(found.target.split()[-1])
     shown = pixels[0].permute(1, 2, 0)
@@ -161,7 +161,7 @@ def explain_image(model: str, image: str | Path, *, target: int | None = None, r
     )  # fmt: skip
 
 
-def _picture(model: str, image: Path) -> tuple[nn.Module, Tensor]:
+def picture_of(model: str, image: Path) -> tuple[nn.Module, Tensor]:
     from PIL import Image, UnidentifiedImageError
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 

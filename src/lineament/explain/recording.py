@@ -42,9 +42,13 @@ class Call:
 
     def run(self, tracked: Sequence[Any]) -> tuple[Any, ...]:
         """Compute the operator's outputs, without side effects, on given values of the tracked tensors."""
-        args, kwargs = pytree.tree_map_only(Slot, lambda slot: tracked[slot.index], (self.args, self.kwargs))
         with torch.no_grad():
-            found = _functional(self.func)(*args, **kwargs)
+            return self.apply(tracked)
+
+    def apply(self, tracked: Sequence[Any]) -> tuple[Any, ...]:
+        """As `run`, differentiably."""
+        args, kwargs = pytree.tree_map_only(Slot, lambda slot: tracked[slot.index], (self.args, self.kwargs))
+        found = _functional(self.func)(*args, **kwargs)
         return tuple(found) if isinstance(found, tuple | list) else (found,)
 
     def argument(self, name: str, default: Any = None) -> Any:
