@@ -76,9 +76,7 @@ class Scoped:
             shown = [_drawn(self.pixels, f"Votes of the picture's places for {self.target}", caption)]
             basis = [_drawn(grid, f"Eigen-input of {s:.4g}", f"Singular value {s:.4g}.") for s, grid in self._pairs()]
         kinds = [{"replayed as": kind, "operators": count} for kind, count in self.kinds.items()]
-        note = (
-            "{guarded:g} of {elements:g} masks lie near 0 (the slope stands in); the largest is {largest:.3g}."
-        )
+        note = "{guarded:g} of {elements:g} masks lie near 0 (the slope stands in); the largest is {largest:.3g}."
         sections = [Section(f"{self.target} = A x + r", [Tiles(self.numbers()), *shown])]
         sections += [Section("Singular basis: the inputs A responds to most", basis)] if basis else []
         sections.append(Section("How operators were read", [kinds, Text(note.format(**self.guards))]))
