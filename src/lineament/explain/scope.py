@@ -115,12 +115,13 @@ class Scope:
             return of
 
         kind = torch.zeros((), dtype=self.input.dtype).numpy().dtype
-        operator: Any = LinearOperator(  # pyright: ignore[reportCallIssue]
-            (m, n), matvec=applied(self.linear, self.input.shape),  # pyright: ignore[reportCallIssue]
-            rmatvec=applied(self.transposed, self.output.shape), dtype=kind,
-        )  # fmt: skip
+        sides = {
+            "matvec": applied(self.linear, self.input.shape),
+            "rmatvec": applied(self.transposed, self.output.shape),
+        }
+        operator = LinearOperator((m, n), **sides, dtype=kind)  # pyright: ignore[reportCallIssue]
         first = torch.randn(min(m, n), generator=generator(seed), dtype=self.input.dtype).numpy()
-        u, s, v = (torch.from_numpy(np.array(x)).to(self.input) for x in svds(operator, k, tol=tolerance, v0=first))
+        u, s, v = (torch.from_numpy(np.array(x)).to(self.input) for x in svds(operator, k, tol=tolerance, v0=first))  # pyright: ignore[reportArgumentType]
         order = s.argsort(descending=True)
         return u.T[order].reshape(k, *self.output.shape), s[order], v[order].reshape(k, *self.input.shape)
 
