@@ -31,8 +31,8 @@ from lineament.nn.hyperzzw import HyperBlock, HyperConfig
 from lineament.nn.layers import LAYERS, published
 from lineament.nn.lightnet import cosines, global_field
 from lineament.nn.mixer import Mixer, MixerCache, Slots
-from lineament.nn.residual_mlp import ResidualMLP, ResidualMLPConfig, hadamard, matched
 from lineament.nn.residual import Fused, Residual, SideBySide, Through, fuse
+from lineament.nn.residual_mlp import ResidualMLP, ResidualMLPConfig, hadamard, matched
 from lineament.nn.rows import Rows
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.softmax import KeyValues, causal_softmax
@@ -70,9 +70,9 @@ __all__ = [
     "Mixer",
     "MixerCache",
     "MixerConfig",
+    "Residual",
     "ResidualMLP",
     "ResidualMLPConfig",
-    "Residual",
     "Router",
     "Rows",
     "ShortConv",
