@@ -110,6 +110,7 @@ def test_the_same_call_twice_gives_the_same_weights(made, tmp_path):
         {"mixer": "gated-deltanet", "keep": "every:2", "distil_steps": 2},
         {"mixer": "softmax-window", "transfer_steps": 0, "distil": "none"},
         {"budget": "3s", "evaluate_tokens": 0},
+        {"keep": "none", "state_share": 0.02, "options": {"map": "product", "query_scale": True}},
     ],
 )
 def test_other_plans_run(made, tmp_path, changes):

@@ -280,7 +280,7 @@ def evaluation(job: Job, student: nn.Module, full: Heads, work: Path, progress: 
             return
         untrained = None
         if converted(student) and plan.window + plan.sinks and plan.mixer != "softmax-window":
-            bare = plan.change({"mixer": "softmax-window", "options": {}})
+            bare = plan.change({"mixer": "softmax-window", "options": {}, "state_share": 0.0})
             untrained = build_student(job.teacher, mixer_configs(bare, parts(job.teacher).shapes, full), share=True)
         limit = job.info.positions or max(plan.evaluate_lengths)
         evidence = evaluate(
