@@ -3,18 +3,23 @@
 - `relevance(model, inputs, *, target, rules, at, baseline) -> Relevance`: of inputs, of modules, with a ledger.
 - `Rules`, `RULES`: rule sets as values and by name; `Epsilon`, `Gamma`, `AlphaBeta`, `ZPlus`, `ZBox`, `Flat`, `WSquare`
   are rules of linear maps. `METHODS`: integrated gradients, SmoothGrad, occlusion, rollout.
-- `effects(model, clean, corrupt, metric, sites, *, method) -> Effects`: activation patching, ablations, and estimates:
-  attribution patching, RelP, integrated gradients, direct logit attribution.
+- `effects(model, clean, corrupt, metric, sites, *, method, by) -> Effects`: activation and path patching, ablations,
+  estimates (attribution patching, RelP, integrated gradients), of components, positions, heads, neurons, edges, paths.
+  `agreement` compares estimates with patching; `LogitDifference` is the usual metric.
+- `circuit(model, clean, corrupt, metric, *, level, method) -> Circuit`: the edges or nodes that do a task, with curves
+  of faithfulness and completeness; `evaluate_circuit` measures one on other prompts.
 - `scope(model, x) -> Scope`: the affine map f(x) = A x + r the model is for one input, to be run, transposed, read.
 - `coverage(model, inputs)`: operator x count x rule.
 - `infidelity`, `sensitivity`, `flipping`, `abpc`: how good an explanation is.
 """
 
+from lineament.explain.circuit import Circuit, circuit, evaluate_circuit
 from lineament.explain.coverage import coverage
-from lineament.explain.effects import Effects, effects
+from lineament.explain.effects import Effects, agreement, effects
 from lineament.explain.ledger import COLUMNS, Ledger
 from lineament.explain.linear import AlphaBeta, Dynamic, Epsilon, Flat, Gamma, Linear, WSquare, ZBox, ZPlus
 from lineament.explain.methods import METHODS, DeepLift, IntegratedGradients, Occlusion, Rollout, SmoothGrad
+from lineament.explain.metrics import LogitDifference
 from lineament.explain.operators import OPERATORS
 from lineament.explain.quality import abpc, flipping, infidelity, sensitivity
 from lineament.explain.relevance import Relevance, relevance
@@ -27,6 +32,7 @@ __all__ = [
     "OPERATORS",
     "RULES",
     "AlphaBeta",
+    "Circuit",
     "DeepLift",
     "Dynamic",
     "Effects",
@@ -36,6 +42,7 @@ __all__ = [
     "IntegratedGradients",
     "Ledger",
     "Linear",
+    "LogitDifference",
     "Occlusion",
     "Relevance",
     "Rollout",
@@ -46,8 +53,11 @@ __all__ = [
     "ZBox",
     "ZPlus",
     "abpc",
+    "agreement",
+    "circuit",
     "coverage",
     "effects",
+    "evaluate_circuit",
     "flipping",
     "infidelity",
     "relevance",

@@ -6,7 +6,7 @@ it.
 
 from lineament.graph.axes import Axes, AxisClass, Cut, Leaf, Tree, axes
 from lineament.graph.capture import Captured, Patch, capture, patch
-from lineament.graph.stream import Batch, hidden_of, run_from, stream
+from lineament.graph.stream import Batch, hidden_of, output_from, run_from, stream
 from lineament.graph.surgery import swap, swapped, tied
 from lineament.graph.trace import Traced, trace
 from lineament.graph.where import Where, outline, select
@@ -26,6 +26,7 @@ __all__ = [
     "capture",
     "hidden_of",
     "outline",
+    "output_from",
     "patch",
     "run_from",
     "select",

@@ -89,6 +89,11 @@ def run_from(model: nn.Module, layers: Sequence[str], start: int, hidden: Tensor
     Raises:
         InputError: an unknown layer, or `start` outside them.
     """
+    return _logits(output_from(model, layers, start, hidden, batch))
+
+
+def output_from(model: nn.Module, layers: Sequence[str], start: int, hidden: Tensor, batch: Batch) -> Any:
+    """Do as `run_from`, and return what the model itself returns."""
     found = _layers(model, layers)
     if not 0 <= start <= len(found):
         raise InputError(f"start is {start}; expected 0 to {len(found)}, the number of layers")
@@ -101,8 +106,7 @@ def run_from(model: nn.Module, layers: Sequence[str], start: int, hidden: Tensor
         return forward(*args, **kwargs)
 
     with _taken_over(found, act):
-        output = _call(model, batch)
-    return _logits(output)
+        return _call(model, batch)
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -23,6 +23,10 @@ class Adapter:
         cache: the name under which that module receives the cache.
         projections: names of its projections, in order of use (LoRA's targets; the last one is the output's).
         embedding, head: paths of the token embedding and of the output layer.
+        reads: a layer's modules through which attention and MLP read the residual stream; empty where unknown.
+        writes: a layer's modules whose outputs are added to it.
+        down: a layer's last linear map of the MLP, whose input are the neurons.
+        norm: path of the norm before the head.
     """
 
     model_type: str
@@ -33,6 +37,10 @@ class Adapter:
     projections: tuple[str, ...] = SPLIT
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
+    reads: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    writes: tuple[str, ...] = ("self_attn", "mlp")
+    down: str = "mlp.down_proj"
+    norm: str = "model.norm"
 
     @property
     def where(self) -> str:
@@ -47,6 +55,10 @@ GPT2 = Adapter(
     attention="attn",
     projections=("c_attn", "c_proj"),
     embedding="transformer.wte",
+    reads=("ln_1", "ln_2"),
+    writes=("attn", "mlp"),
+    down="mlp.c_proj",
+    norm="transformer.ln_f",
 )
 GPT_NEOX = Adapter(
     model_type="gpt_neox",
@@ -57,6 +69,9 @@ GPT_NEOX = Adapter(
     projections=("query_key_value", "dense"),
     embedding="gpt_neox.embed_in",
     head="embed_out",
+    writes=("attention", "mlp"),
+    down="mlp.dense_4h_to_h",
+    norm="gpt_neox.final_layer_norm",
 )
 OPT = Adapter(
     model_type="opt",
@@ -64,12 +79,26 @@ OPT = Adapter(
     layers="model.decoder.layers",
     projections=("q_proj", "k_proj", "v_proj", "out_proj"),
     embedding="model.decoder.embed_tokens",
+    reads=(),  # its MLP sees tokens without their batch, and has no module of its own
+    writes=(),
+    down="fc2",
+    norm="model.decoder.final_layer_norm",
 )
+
+
+def _twice_normed(model_type: str) -> Adapter:
+    """Return Gemma's layer: what attention and MLP write passes a norm first."""
+    return Adapter(
+        model_type=model_type,
+        reads=("input_layernorm", "pre_feedforward_layernorm"),
+        writes=("post_attention_layernorm", "post_feedforward_layernorm"),
+    )
+
+
 ADAPTERS: dict[str, Adapter] = {
-    **{
-        name: Adapter(model_type=name)
-        for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
-    },
+    **{name: Adapter(model_type=name) for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3")},
+    "gemma2": _twice_normed("gemma2"),
+    "gemma3_text": _twice_normed("gemma3_text"),
     "phi3": Adapter(model_type="phi3", projections=("qkv_proj", "o_proj")),
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,

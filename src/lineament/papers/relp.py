@@ -59,7 +59,7 @@ SCALES = {  # seeds, layers of the models, steps, pairs of prompts; "smoke": the
     "smoke": (1, (2,), 10, 4), "small": (3, (4,), 800, 100), "full": (3, (4, 8), 1200, 100),
 }  # fmt: skip
 METHODS = ("attribution", "relp", "relp-ah", "integrated-gradients")
-KINDS = {"residual": "transformer.h.{}:input", "attention": "transformer.h.{}.attn", "mlp": "transformer.h.{}.mlp"}
+KINDS = ("residual", "attention", "mlp")
 LEAD = 0.1  # of RelP's correlation over the gradient's, on residual stream and MLP outputs, in each seed; fixed before
 
 
@@ -89,36 +89,16 @@ def _run(seed: int, layers: int, steps: int, pairs: int) -> list[dict[str, Any]]
     """Train one model; return a row per kind of place."""
     import torch
 
-    from lineament.explain import effects
+    from lineament.explain import LogitDifference, agreement
     from lineament.tasks.indirect_object import IndirectObject, learned_model
 
     language = IndirectObject(seed=seed)
     model = learned_model(language, layers=layers, steps=steps, seed=seed)
     prompts = language.prompts(pairs, batch=10**6)
-    at = torch.arange(pairs)
-
-    def lead(output: Any) -> torch.Tensor:
-        last = output.logits[:, -1].unflatten(0, (-1, pairs))  # patching puts copies of the pairs below one another
-        return (last[:, at, prompts.answer] - last[:, at, prompts.distractor]).flatten()
-
     clean, corrupt = ({"input_ids": ids} for ids in (prompts.ids, prompts.corrupted))
+    lead = LogitDifference(prompts.answer, prompts.distractor)
     with torch.no_grad():
-        ends = [lead(model(**inputs)) for inputs in (clean, corrupt)]
-    whole = ends[0] - ends[1]
-
-    def metric(output: Any) -> torch.Tensor:  # 0 for the corrupted prompt, 1 for the clean one
-        found = lead(output)
-        return (found - ends[1].repeat(len(found) // pairs)) / whole.repeat(len(found) // pairs)
-
-    accuracy = (ends[0] > 0).float().mean().item()
-    rows = []
-    for kind, name in KINDS.items():
-        sites = [name.format(layer) for layer in range(layers)]
-        exact = effects(model, clean, corrupt, metric, sites, method="patch")
-        found = {method: effects(model, clean, corrupt, metric, sites, method=method) for method in METHODS}
-        rows.append(
-            {"layers": layers, "seed": seed, "places": kind, "prompts solved": accuracy}
-            | {method: each.pearson(exact) for method, each in found.items()}
-            | {"patching, s": exact.seconds, "relp, s": found["relp"].seconds}
-        )
-    return rows
+        accuracy = (lead(model(**clean)) > 0).float().mean().item()
+    metric = lead.between(model, clean, corrupt)
+    found = agreement(model, clean, corrupt, metric, kinds=KINDS, methods=METHODS)
+    return [{"layers": layers, "seed": seed, "prompts solved": accuracy} | row for row in found]
