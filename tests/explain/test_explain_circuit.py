@@ -26,7 +26,7 @@ def task(family="llama"):
 @pytest.fixture(scope="module")
 def learned():
     language = IndirectObject(names=6, places=2, objects=2)
-    model = learned_model(language, layers=2, steps=150)
+    model = learned_model(language, layers=2, steps=300)
     prompts = language.prompts(40, batch=7)
     return model, {"input_ids": prompts.ids}, {"input_ids": prompts.corrupted}, LogitDifference(
         prompts.answer, prompts.distractor
@@ -73,6 +73,7 @@ def test_dead_ends_hand_nothing_on():
     assert pair[0].nodes == ["embed", "a0.h1", "m0", "a1.h0", "a1.h2", "m1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["edge", "node"])
 def test_the_circuit_of_a_learned_task_is_small_and_works_on_other_prompts(learned, level):
     model, clean, corrupt, metric = learned

@@ -206,12 +206,7 @@ def circuit(
     order = sorted(names, key=lambda name: -abs(scores[name]))
     sizes = sorted({max(1, round(share * len(names))) for share in shares} | ({size} if size else set()))
     kept = {count: alive(order[:count]) if level == "edge" else order[:count] for count in sizes}
-    curve = []
-    for index, count in enumerate(sizes):
-        say("evaluating", index, len(sizes))
-        row = {"asked": count, "size": len(kept[count]), "share": len(kept[count]) / len(names)}
-        curve.append(row | _judged(task, kept[count], ends))
-    say("evaluating", len(sizes), len(sizes))
+    curve = _curve(task, kept, ends, say)
     wanted = [row for row in curve if (row["asked"] == size if size else row["faithfulness"] >= faithful)]
     chosen = (wanted or curve[-1:])[0]
     return Circuit(
@@ -267,6 +262,18 @@ def _ends(task: _Task) -> tuple[float, float]:
     if abs(ends[0] - ends[1]) < 1e-9:
         raise InputError("ablating everything doesn't change the metric, so there is no task to find a circuit of")
     return ends
+
+
+def _curve(
+    task: _Task, kept: Mapping[int, Sequence[str]], ends: tuple[float, float], say: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
+    curve = []
+    for index, (count, parts) in enumerate(kept.items()):
+        say("evaluating", index, len(kept))
+        row = {"asked": count, "size": len(parts), "share": len(parts) / len(task.names)}
+        curve.append(row | _judged(task, parts, ends))
+    say("evaluating", len(kept), len(kept))
+    return curve
 
 
 def _judged(task: _Task, kept: Sequence[str], ends: tuple[float, float]) -> dict[str, float]:
