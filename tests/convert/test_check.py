@@ -61,6 +61,22 @@ def test_inspection_counts_bytes():
     assert len(found.tables()) == 3
 
 
+def test_sliding_layers_remember_their_window():
+    slides = ModelInfo(**{**vars(INFO), "kept_layers": (0, 2), "sliding_window": 512})
+    (long,) = inspection(slides, Plan(keep="none"), None, (4096,)).caches
+    free = (slides.layers - 2) * slides.key_heads
+    state = state_bytes(slides, Plan(keep="none"))
+    sliding, head = 2 * slides.key_heads * 2 * slides.head_width * 4 * 512, 2 * slides.head_width * 4 * 4096
+    assert (long["teacher"], long["student"]) == (sliding + free * head, sliding + free * state)
+
+
+def test_only_logits_that_are_held_count():
+    wide = ModelInfo(**{**vars(INFO), "vocabulary": 10**6})
+    some, every = (memory_plan(wide, Plan(distil_positions=n))["distil"] for n in (64, 0))
+    assert every - some == 3 * (2048 - 64) * 10**6 * 4
+    assert memory_plan(wide, Plan(evaluate_lengths=(8192,))) == memory_plan(wide, Plan(evaluate_lengths=(512,)))
+
+
 def test_kept_heads_are_counted_without_a_table():
     assert [kept_count(INFO, Plan(keep=k)) for k in ("none", "every:4", "0,3", "auto:3", "auto-heads:0.25")] == [
         0, 4, 4, 6, 4,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lineament.convert.plan import Plan, parse_keep
+from lineament.tasks.predictions import CHUNK
 
 STATE_BYTES = 4  # states are float32
 SHARE_CONTEXT = 32768  # tokens at which a plan's `state_share` is counted
@@ -18,7 +19,8 @@ class ModelInfo:
         name: as the user gave it. kind: transformers' model_type.
         layers, heads, key_heads, head_width, width, vocabulary: the usual counts.
         parameters: in all; 0 when unknown. positions: longest context; 0 when unknown.
-        kept_layers: layers that a conversion never touches (sliding windows, ...).
+        kept_layers: layers that a conversion never touches (sliding windows). sliding_window: tokens they remember; 0:
+            all.
         weight_bytes: per number in the weights' files.
     """
 
@@ -33,6 +35,7 @@ class ModelInfo:
     parameters: int = 0
     positions: int = 0
     kept_layers: tuple[int, ...] = ()
+    sliding_window: int = 0
     weight_bytes: int = 4
 
 
@@ -53,6 +56,7 @@ def info_from_config(config: Any, *, name: str, parameters: int = 0, weight_byte
         parameters=parameters,
         positions=int(getattr(text, "max_position_embeddings", 0) or 0),
         kept_layers=tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention"),
+        sliding_window=int(getattr(text, "sliding_window", None) or 0),
         weight_bytes=weight_bytes,
     )
 
@@ -121,12 +125,12 @@ def memory_plan(info: ModelInfo, plan: Plan) -> dict[str, int]:
     learning = info.parameters if plan.distil == "full" else info.parameters // 20
     rows = max(plan.distil_tokens, *plan.distil_lengths)
     activations = rows * info.layers * info.width * 40 * 2
-    logits = 3 * rows * info.vocabulary * 4
+    logits = 3 * min(rows, plan.distil_positions or rows) * info.vocabulary * 4
     return {
         "teacher": weights,
         "transfer": weights * 2 + pool + step,
         "distil": 2 * weights + 12 * learning + activations + logits if plan.distil != "none" else 0,
-        "evaluate": 2 * weights + 2 * max(plan.evaluate_lengths) * info.vocabulary * 4,
+        "evaluate": 2 * weights + 2 * min(CHUNK, max(plan.evaluate_lengths)) * info.vocabulary * 4,
     }
 
 
@@ -194,13 +198,14 @@ def inspection(
     Args:
         full: {layer: key-value heads that stay softmax}; None when only a measurement can tell which.
     """
-    total = info.layers * info.key_heads
-    kept = kept_count(info, plan) + len(info.kept_layers) * info.key_heads
-    caches = []
+    free = (info.layers - len(info.kept_layers)) * info.key_heads
+    kept, caches = kept_count(info, plan), []
     for context in contexts:
-        whole = softmax_bytes(info, context)
-        ours = kept * whole + (total - kept) * state_bytes(info, plan)
-        caches.append({"context": context, "teacher": total * whole, "student": ours, "ratio": ours / (total * whole)})
+        whole, seen = softmax_bytes(info, context), min(context, info.sliding_window or context)
+        sliding = len(info.kept_layers) * info.key_heads * softmax_bytes(info, seen)
+        theirs = sliding + free * whole
+        ours = sliding + kept * whole + (free - kept) * state_bytes(info, plan)
+        caches.append({"context": context, "teacher": theirs, "student": ours, "ratio": ours / theirs})
     rows = [_layer_row(info, plan, full, layer) for layer in range(info.layers)]
     return Inspection(
         info=info, plan=plan, full=full, rows=rows, caches=caches, memory=memory_plan(info, plan),
