@@ -27,13 +27,19 @@
 - `Terminator(TerminatorConfig(...))`, `TERMINATOR_CIFAR`: classifiers of images and sequences by hyper-kernels.
 - `widen(model, groups)`: neighbouring layers as one wide layer; `with_experts(model, {layer: Experts})`, `experts_of`,
   `set_active_`: feed-forward layers as experts. Ordinary folders both.
-- `dense_classifier(sizes)`, `residual_classifier(...)`, `ResidualClassifier()`: small nets on images, to study weights.
+- `dense_classifier(sizes)`, `masked_classifier(sizes, groups)`, `residual_classifier(...)`, `ResidualClassifier()`: small
+  nets on images, to study weights.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
 from lineament.models.adapters import ADAPTERS, Adapter, adapter_for, attentions, head_shape, sliding_layers
 from lineament.models.cache import StudentCache
-from lineament.models.classifiers import ResidualClassifier, dense_classifier, residual_classifier
+from lineament.models.classifiers import (
+    ResidualClassifier,
+    dense_classifier,
+    masked_classifier,
+    residual_classifier,
+)
 from lineament.models.decoder import DecoderConfig, DecoderForCausalLM, DecoderModel, register_decoder
 from lineament.models.encoder import build_encoder, encoder_mixers, register_encoders
 from lineament.models.families import FAMILIES, Family, decoder_config, full_layers, match_parameters, parameters
@@ -95,6 +101,7 @@ __all__ = [
     "head_shape",
     "load_model",
     "load_teacher",
+    "masked_classifier",
     "match_parameters",
     "mixer_configs",
     "mixers_of",

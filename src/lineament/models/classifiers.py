@@ -1,12 +1,13 @@
-"""Small image classifiers to study weight space on: a plain MLP, and a ResNet of the size of ResNet20."""
+"""Small image classifiers to study weight space on: an MLP, plain or masked, and a ResNet of the size of ResNet20."""
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lineament.nn import Residual, SideBySide
+from lineament.nn import MaskedLinear, Residual, SideBySide, group_mask
 
 
 def dense_classifier(sizes: Sequence[int]) -> nn.Sequential:
@@ -41,6 +42,25 @@ def residual_classifier(
     stack = [Residual(nn.Sequential(nn.Linear(width, width), nn.ReLU()), scale) for _ in range(layers)]
     head = nn.Linear(width, classes)
     return nn.Sequential(nn.Flatten(), stem, SideBySide(stack) if side_by_side else nn.Sequential(*stack), head)
+
+
+def masked_classifier(sizes: Sequence[int], groups: int, *, seed: int = 0, **mask: Any) -> nn.Sequential:
+    """Return flatten, then linear layers with ReLU between them; all but the first and the last are masked.
+
+    Args:
+        sizes: of the layers' units. groups: of every hidden layer; 1 with `inside=p` is a random mask.
+        seed: of the masks, counted on from layer to layer. mask: other arguments of `nn.group_mask`.
+
+    Example:
+        >>> masked_classifier((64, 32, 32, 10), 4, between=0.1)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    last = len(sizes) - 2
+    for i, (inward, outward) in enumerate(itertools.pairwise(sizes)):
+        how = {"groups": 1} if i in (0, last) else {"groups": groups, "seed": seed + i, **mask}
+        layers += [MaskedLinear(group_mask(outward, inward, **how)), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class ResidualBlock(nn.Module):

@@ -15,6 +15,8 @@
 - `ResidualMLP(config)`, `matched(shape, ..., budget)`: residual MLPs with a narrow or a wide skip, of equal parameters.
 - `Residual`, `SideBySide`, `Through`, `fuse`: residual layers next to each other, and those as one wide layer.
 - `Experts(ExpertsConfig(...))`, `Router`: a feed-forward layer's own units in groups, of which some work on a token.
+- `MaskedLinear(group_mask(...))`, `MaskedConv2d`: sparse layers of groups; `PackedLinear` runs them as tiles; `with
+  rewired(model, Rewiring(...))` moves their edges in training.
 - `quiet_log_scale`: where a far part starts unheard.
 """
 
@@ -30,9 +32,11 @@ from lineament.nn.hyper_kernel import HyperKernel, LocalKernel
 from lineament.nn.hyperzzw import HyperBlock, HyperConfig
 from lineament.nn.layers import LAYERS, published
 from lineament.nn.lightnet import cosines, global_field
+from lineament.nn.masked import GroupMask, MaskedConv2d, MaskedLinear, PackedLinear, between_for, group_mask
 from lineament.nn.mixer import Mixer, MixerCache, Slots
 from lineament.nn.residual import Fused, Residual, SideBySide, Through, fuse
 from lineament.nn.residual_mlp import ResidualMLP, ResidualMLPConfig, hadamard, matched
+from lineament.nn.rewiring import GROWTHS, Rewiring, rewired
 from lineament.nn.rows import Rows
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.softmax import KeyValues, causal_softmax
@@ -45,6 +49,7 @@ from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow, quiet_
 __all__ = [
     "BUILDERS",
     "FEATURE_MAPS",
+    "GROWTHS",
     "LAYERS",
     "PUBLISHED",
     "ByBatch",
@@ -55,6 +60,7 @@ __all__ = [
     "Experts",
     "ExpertsConfig",
     "Fused",
+    "GroupMask",
     "GroupedStandardization",
     "HeadMixer",
     "HedgehogWindow",
@@ -67,12 +73,16 @@ __all__ = [
     "LinearHeads",
     "LocalKernel",
     "Lolcats",
+    "MaskedConv2d",
+    "MaskedLinear",
     "Mixer",
     "MixerCache",
     "MixerConfig",
+    "PackedLinear",
     "Residual",
     "ResidualMLP",
     "ResidualMLPConfig",
+    "Rewiring",
     "Router",
     "Rows",
     "ShortConv",
@@ -84,6 +94,7 @@ __all__ = [
     "TensorAttention",
     "Through",
     "ToeplitzEncoding",
+    "between_for",
     "build",
     "by_sample",
     "causal_softmax",
@@ -91,9 +102,11 @@ __all__ = [
     "cosines",
     "fuse",
     "global_field",
+    "group_mask",
     "hadamard",
     "matched",
     "published",
     "quiet_log_scale",
+    "rewired",
     "share_lower_bounds_",
 ]
