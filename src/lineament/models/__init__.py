@@ -27,8 +27,8 @@
 - `Terminator(TerminatorConfig(...))`, `TERMINATOR_CIFAR`: classifiers of images and sequences by hyper-kernels.
 - `widen(model, groups)`: neighbouring layers as one wide layer; `with_experts(model, {layer: Experts})`, `experts_of`,
   `set_active_`: feed-forward layers as experts. Ordinary folders both.
-- `dense_classifier(sizes)`, `masked_classifier(sizes, groups)`, `residual_classifier(...)`, `ResidualClassifier()`: small
-  nets on images, to study weights.
+- `dense_classifier(sizes)`, `masked_classifier(sizes, groups)`, `residual_classifier(...)`, `ResidualClassifier()`:
+  small nets on images, to study weights.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 

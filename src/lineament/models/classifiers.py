@@ -58,7 +58,7 @@ def masked_classifier(sizes: Sequence[int], groups: int, *, seed: int = 0, **mas
     layers: list[nn.Module] = [nn.Flatten()]
     last = len(sizes) - 2
     for i, (inward, outward) in enumerate(itertools.pairwise(sizes)):
-        how = {"groups": 1} if i in (0, last) else {"groups": groups, "seed": seed + i, **mask}
+        how: dict[str, Any] = {"groups": 1} if i in (0, last) else {"groups": groups, "seed": seed + i, **mask}
         layers += [MaskedLinear(group_mask(outward, inward, **how)), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -77,18 +77,17 @@ def group_mask(
             raise unknown(kind, value, known)
     if not 1 <= groups <= min(outputs, inputs):
         raise InputError(f"{groups} groups of {outputs} outputs and {inputs} inputs; expected from 1 to the smaller")
-    if graph is None:
-        graph = torch.full((groups, groups), float(between)).fill_diagonal_(float(inside))
-    if graph.shape != (groups, groups) or bool((graph < 0).any() | (graph > 1).any()):
-        raise InputError(f"the graph is {list(graph.shape)}; expected probabilities of {[groups, groups]} in [0, 1]")
+    to = torch.full((groups, groups), float(between)).fill_diagonal_(float(inside)) if graph is None else graph
+    if to.shape != (groups, groups) or bool(((to < 0) | (to > 1)).any()):
+        raise InputError(f"the graph is {list(to.shape)}; expected probabilities of {[groups, groups]} in [0, 1]")
     draw = generator(seed + _SALT)
     of = [torch.arange(n) * groups // n for n in (outputs, inputs)]
     if assign == "random":
         of = [g[torch.randperm(len(g), generator=draw)] for g in of]
     if pattern == "edges":
-        edges = torch.rand(outputs, inputs, generator=draw) < graph[of[0]][:, of[1]]
+        edges = torch.rand(outputs, inputs, generator=draw) < to[of[0]][:, of[1]]
     else:
-        edges = (torch.rand(groups, inputs, generator=draw) < graph[:, of[1]])[of[0]]
+        edges = (torch.rand(groups, inputs, generator=draw) < to[:, of[1]])[of[0]]
     deaf = (~edges.any(1)).nonzero().flatten()
     edges[deaf, torch.randint(inputs, (len(deaf),), generator=draw)] = True
     return GroupMask(edges, *of)
