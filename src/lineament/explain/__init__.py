@@ -24,7 +24,7 @@ from lineament.explain.operators import OPERATORS
 from lineament.explain.quality import abpc, flipping, infidelity, sensitivity
 from lineament.explain.relevance import Relevance, relevance
 from lineament.explain.rules import RULES, Rules
-from lineament.explain.scope import Scope, scope
+from lineament.explain.scope import Scope, anisotropy, scope
 
 __all__ = [
     "COLUMNS",
@@ -54,6 +54,7 @@ __all__ = [
     "ZPlus",
     "abpc",
     "agreement",
+    "anisotropy",
     "circuit",
     "coverage",
     "effects",

@@ -241,3 +241,20 @@ def _place(like: Tensor, place: Index, what: str) -> tuple[int, ...]:
     if len(found) != len(shape) or any(not -n <= i < n for i, n in zip(found, shape, strict=True)):
         raise InputError(f"place {found} is none of the {what} of shape {list(shape)}")
     return found
+
+
+def anisotropy(row: Tensor) -> float:
+    """Return how elongated a row is: the ratio of the eigenvalues of the second moments of where its weights lie.
+
+    Args:
+        row: [Y, X]; its absolute values are the weights. 1 is round, a line is infinite.
+
+    Example:
+        >>> anisotropy(torch.ones(3, 3)), anisotropy(torch.ones(3, 5))
+        (1.0, 3.0)
+    """
+    share = row.abs().double() / row.abs().double().sum()
+    grid = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=share.dtype) for n in row.shape), indexing="ij"))
+    centred = grid - (grid * share).sum((1, 2), keepdim=True)
+    low, high = torch.linalg.eigvalsh(torch.einsum("ayx,byx,yx->ab", centred, centred, share)).tolist()
+    return round(high / low, 12) if low > 0 else float("inf")
