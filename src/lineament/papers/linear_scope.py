@@ -143,7 +143,7 @@ def _enlarging(steps: int, count: int) -> dict[str, Any]:
     middle = {f"anisotropy, {kind}": torch.tensor(values).median().item() for kind, values in spread.items()}
     kernel = explain.scope(bicubic.double(), low[:1].double()).rows((0, 0, 16, 16))[0, 0, 0]
     return {
-        "net": "x2 super-resolution", "PSNR, dB": psnr(net, low, held_out), "PSNR of bicubic": psnr(bicubic, low, held_out),
-        **middle, "anisotropy of bicubic": explain.anisotropy(kernel),
+        "net": "x2 super-resolution", "PSNR, dB": psnr(net, low, held_out), **middle,
+        "PSNR of bicubic": psnr(bicubic, low, held_out), "anisotropy of bicubic": explain.anisotropy(kernel),
         "r / f, median": torch.tensor(shares)[:, 0].median().item(), "error": max(error for _, error in shares),
     }  # fmt: skip
