@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from lineament import __version__
-from lineament.cli import composing, connecting, conversion, doctor, explaining, merging, papers, students
+from lineament.cli import composing, connecting, conversion, depth, doctor, explaining, merging, papers, students
 
 app = typer.Typer(
     name="lineament",
@@ -51,6 +51,7 @@ for command in (
     explaining.explain,
     explaining.coverage,
     explaining.scope,
+    depth.depth,
     doctor.doctor,
 ):
     app.command(rich_help_panel=None)(command)

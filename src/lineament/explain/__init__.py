@@ -9,12 +9,14 @@
 - `circuit(model, clean, corrupt, metric, *, level, method) -> Circuit`: the edges or nodes that do a task, with curves
   of faithfulness and completeness; `evaluate_circuit` measures one on other prompts.
 - `scope(model, x) -> Scope`: the affine map f(x) = A x + r the model is for one input, to be run, transposed, read.
+- `depth(model, texts) -> Depth`: what each layer writes, changes and knows; `layer_maps`: maps between two models.
 - `coverage(model, inputs)`: operator x count x rule.
 - `infidelity`, `sensitivity`, `flipping`, `abpc`: how good an explanation is.
 """
 
 from lineament.explain.circuit import Circuit, circuit, evaluate_circuit
 from lineament.explain.coverage import coverage
+from lineament.explain.depth import Depth, depth, layer_maps
 from lineament.explain.effects import Effects, agreement, effects
 from lineament.explain.ledger import COLUMNS, Ledger
 from lineament.explain.linear import AlphaBeta, Dynamic, Epsilon, Flat, Gamma, Linear, WSquare, ZBox, ZPlus
@@ -34,6 +36,7 @@ __all__ = [
     "AlphaBeta",
     "Circuit",
     "DeepLift",
+    "Depth",
     "Dynamic",
     "Effects",
     "Epsilon",
@@ -57,10 +60,12 @@ __all__ = [
     "anisotropy",
     "circuit",
     "coverage",
+    "depth",
     "effects",
     "evaluate_circuit",
     "flipping",
     "infidelity",
+    "layer_maps",
     "relevance",
     "scope",
     "sensitivity",

@@ -1,12 +1,30 @@
 """Any model's inside, by one `Where`: select, swap, capture, patch, and run it layer by layer.
 
 `trace(model, ...)` is its forward pass as one graph of ATen operators, `axes(model, ...)` the identity of every axis in
-it.
+it. `residual_stream` and the measures on it say what each layer of a decoder writes, and what comes of it.
 """
 
 from lineament.graph.axes import Axes, AxisClass, Cut, Leaf, Tree, axes
 from lineament.graph.capture import Captured, Patch, capture, patch
+<<<<<<< HEAD
 from lineament.graph.stream import Batch, hidden_of, output_from, run_from, stream
+=======
+from lineament.graph.residual import (
+    LinearMaps,
+    SkipEffects,
+    Stream,
+    contributions,
+    depth_score,
+    direct_effects,
+    effective_depth,
+    linear_maps,
+    logit_lens,
+    residual_stream,
+    skip_effects,
+    transition_layer,
+)
+from lineament.graph.stream import Batch, hidden_of, run_from, stream
+>>>>>>> 7e69346 (Read a decoder's residual stream: what layers write, what skipping them changes, the lens, linear maps between models)
 from lineament.graph.surgery import swap, swapped, tied
 from lineament.graph.trace import Traced, trace
 from lineament.graph.where import Where, outline, select
@@ -18,21 +36,33 @@ __all__ = [
     "Captured",
     "Cut",
     "Leaf",
+    "LinearMaps",
     "Patch",
+    "SkipEffects",
+    "Stream",
     "Traced",
     "Tree",
     "Where",
     "axes",
     "capture",
+    "contributions",
+    "depth_score",
+    "direct_effects",
+    "effective_depth",
     "hidden_of",
+    "linear_maps",
+    "logit_lens",
     "outline",
     "output_from",
     "patch",
+    "residual_stream",
     "run_from",
     "select",
+    "skip_effects",
     "stream",
     "swap",
     "swapped",
     "tied",
     "trace",
+    "transition_layer",
 ]

@@ -109,6 +109,11 @@ def output_from(model: nn.Module, layers: Sequence[str], start: int, hidden: Ten
         return _call(model, batch)
 
 
+def run(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the model's logits [B, T, vocabulary], without a cache."""
+    return _logits(_call(model, batch))
+
+
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the hidden states among a layer's arguments: the first one, or `hidden_states`."""
     return args[0] if args else kwargs["hidden_states"]

@@ -1,0 +1,47 @@
+"""`lineament depth`: what the layers of a language model are used for."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lineament.cli.conversion import Json, Model
+
+
+def depth(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Text: a known name, a file or a folder.")] = "python-topics",
+    texts: Annotated[int, typer.Option(min=1, help="How many windows are read.")] = 4,
+    tokens: Annotated[int, typer.Option(min=14, help="Tokens in a window.")] = 128,
+    cuts: Annotated[int, typer.Option(min=1, help="Places per window that part past from future.")] = 2,
+    to: Annotated[str | None, typer.Option(help="Another model of the same tokenizer, to map onto.")] = None,
+    levels: Annotated[Path | None, typer.Option(help='JSON {"level": ["text", ...]}: depth scores by level.')] = None,
+    seed: Annotated[int, typer.Option(help="Of the cuts.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    json: Json = False,
+) -> None:
+    """Report what each layer writes, what skipping it changes, and where the output is known.
+
+    Example: lineament depth smollm2 --html depth.html
+    """
+    from lineament._base.errors import InputError
+    from lineament.cli.messages import print_json, quiet, show
+    from lineament.explain.depth_reading import read_depth
+    from lineament.io import read_json
+
+    quiet()
+    given = read_json(levels) if levels else None
+    if given is not None and not (isinstance(given, dict) and all(isinstance(x, list) and x for x in given.values())):
+        raise InputError(f'{levels} is no {{"level": ["text", ...]}}')
+
+    def told(what: str, done: int, total: int) -> None:
+        typer.echo(f"{what}: {done} of {total}", err=True)
+
+    found = read_depth(
+        model, text=data, texts=texts, tokens=tokens, cuts=cuts, to=to, levels=given, seed=seed, progress=told
+    )
+    written = [found.write_html(html)] if html else []
+    if json:
+        print_json(found.to_json())
+    else:
+        show(*found.tables(), *(f"written: {path}" for path in written))
