@@ -1,4 +1,4 @@
-"""The depth report: its numbers are the graph room's, on softmax models and students; the command's page and mistakes."""
+"""The depth report: its numbers are the graph room's, on softmax models and students; the command and mistakes."""
 
 import json
 

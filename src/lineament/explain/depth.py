@@ -111,7 +111,7 @@ def depth(
     parts = [contributions(each.stream) for each in read]
     counted = [each.stream.counted for each in read]
     joined = {n: torch.cat([p[n][:, c] for p, c in zip(parts, counted, strict=True)], 1) for n in parts[0]}
-    first = {n: torch.cat([p[n][:, 0] for p in parts], 1).mean(1) for n in parts[0]}
+    first = {n: torch.cat([p[n][..., 0] for p in parts], 1).mean(1) for n in parts[0]}
     future, current, direct = (_summed([e for each in read for e in each.effects[kind]]) for kind in range(3))
     lens = {k: torch.stack([each.lens[k] for each in read]).mean(0).tolist() for k in ("KL", "overlap")}
     return Depth(
