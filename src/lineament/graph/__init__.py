@@ -6,9 +6,6 @@ it. `residual_stream` and the measures on it say what each layer of a decoder wr
 
 from lineament.graph.axes import Axes, AxisClass, Cut, Leaf, Tree, axes
 from lineament.graph.capture import Captured, Patch, capture, patch
-<<<<<<< HEAD
-from lineament.graph.stream import Batch, hidden_of, output_from, run_from, stream
-=======
 from lineament.graph.residual import (
     LinearMaps,
     SkipEffects,
@@ -23,8 +20,7 @@ from lineament.graph.residual import (
     skip_effects,
     transition_layer,
 )
-from lineament.graph.stream import Batch, hidden_of, run_from, stream
->>>>>>> 7e69346 (Read a decoder's residual stream: what layers write, what skipping them changes, the lens, linear maps between models)
+from lineament.graph.stream import Batch, hidden_of, output_from, run_from, stream
 from lineament.graph.surgery import swap, swapped, tied
 from lineament.graph.trace import Traced, trace
 from lineament.graph.where import Where, outline, select
