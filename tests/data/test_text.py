@@ -143,3 +143,10 @@ def test_an_empty_folder_and_a_wrong_split(tmp_path):
         load_text(tmp_path)
     with pytest.raises(InputError, match="Did you mean 'test'"):
         load_text("python-topics", split="tests")
+
+
+def test_the_standard_librarys_source_is_text_of_few_characters():
+    modules = load_text("python-source")
+    assert len(modules) > 50
+    assert any("def dataclass(" in module for module in modules)
+    assert all(module.isascii() for module in modules)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lineament._base.errors import InputError, near_miss
-from lineament.data.carriers import cloud_docs, docstrings, python_topics
+from lineament.data.carriers import cloud_docs, docstrings, python_source, python_topics
 from lineament.data.files import SUFFIXES, from_hub, from_path
 from lineament.data.images import IMAGES, Images, image_batches, load_images, normalized
 from lineament.data.packing import PackedTokens, Tokenizer, batches, beginning, pack, split_documents, tokenize, windows
@@ -35,6 +35,7 @@ NAMES: dict[str, Callable[[], list[str]]] = {
     "wiki-sample": wiki_sample,
     "docs": docstrings,
     "python-topics": python_topics,
+    "python-source": python_source,
     "cloud-docs": cloud_docs,
 }
 SPLITS = {"train": 0.7, "place": 0.1, "test": 0.2}  # to learn from, to choose by, to report

@@ -7,6 +7,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from sysconfig import get_path
 
 from lineament._base.errors import InputError
 from lineament._base.extras import folder
@@ -70,6 +71,15 @@ def python_topics() -> list[str]:
     tree = ast.parse((Path(spec.submodule_search_locations[0]) / "topics.py").read_text(encoding="utf-8"))
     tables = [node.value for node in tree.body if isinstance(node, ast.Assign)]
     return list(dict.fromkeys(text for table in tables for text in ast.literal_eval(table).values()))
+
+
+def python_source() -> list[str]:
+    """Return the top-level modules of Python's standard library as source, those of ASCII alone (4.4M characters)."""
+    files = sorted(Path(get_path("stdlib")).glob("*.py"))
+    texts = [text.decode("ascii") for text in (file.read_bytes() for file in files) if text.isascii()]
+    if not texts:
+        raise InputError("this Python has no sources of its standard library; install it in full, or choose other text")
+    return texts
 
 
 def cloud_docs() -> list[str]:
