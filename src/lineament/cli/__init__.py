@@ -9,7 +9,18 @@ from collections.abc import Sequence
 import typer
 
 from lineament import __version__
-from lineament.cli import composing, connecting, conversion, depth, doctor, explaining, merging, papers, students
+from lineament.cli import (
+    circuits,
+    composing,
+    connecting,
+    conversion,
+    depth,
+    doctor,
+    explaining,
+    merging,
+    papers,
+    students,
+)
 
 app = typer.Typer(
     name="lineament",
@@ -50,6 +61,7 @@ for command in (
     papers.reproduce,
     explaining.explain,
     explaining.coverage,
+    circuits.circuit,
     explaining.scope,
     depth.depth,
     doctor.doctor,

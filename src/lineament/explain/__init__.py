@@ -10,6 +10,8 @@
   of faithfulness and completeness; `evaluate_circuit` measures one on other prompts.
 - `scope(model, x) -> Scope`: the affine map f(x) = A x + r the model is for one input, to be run, transposed, read.
 - `depth(model, texts) -> Depth`: what each layer writes, changes and knows; `layer_maps`: maps between two models.
+- `direct_logits` (what each node writes into the answer), `patterns` (who attends to whom), `steering_vector` and
+  `steered` (a direction added while a model runs).
 - `coverage(model, inputs)`: operator x count x rule.
 - `infidelity`, `sensitivity`, `flipping`, `abpc`: how good an explanation is.
 """
@@ -17,16 +19,19 @@
 from lineament.explain.circuit import Circuit, circuit, evaluate_circuit
 from lineament.explain.coverage import coverage
 from lineament.explain.depth import Depth, depth, layer_maps
+from lineament.explain.direct import direct_logits
 from lineament.explain.effects import Effects, agreement, effects
 from lineament.explain.ledger import COLUMNS, Ledger
 from lineament.explain.linear import AlphaBeta, Dynamic, Epsilon, Flat, Gamma, Linear, WSquare, ZBox, ZPlus
 from lineament.explain.methods import METHODS, DeepLift, IntegratedGradients, Occlusion, Rollout, SmoothGrad
 from lineament.explain.metrics import LogitDifference
 from lineament.explain.operators import OPERATORS
+from lineament.explain.patterns import Patterns, patterns
 from lineament.explain.quality import abpc, flipping, infidelity, sensitivity
 from lineament.explain.relevance import Relevance, relevance
 from lineament.explain.rules import RULES, Rules
 from lineament.explain.scope import Scope, anisotropy, scope
+from lineament.explain.steering import steered, steering_vector
 
 __all__ = [
     "COLUMNS",
@@ -47,6 +52,7 @@ __all__ = [
     "Linear",
     "LogitDifference",
     "Occlusion",
+    "Patterns",
     "Relevance",
     "Rollout",
     "Rules",
@@ -61,12 +67,16 @@ __all__ = [
     "circuit",
     "coverage",
     "depth",
+    "direct_logits",
     "effects",
     "evaluate_circuit",
     "flipping",
     "infidelity",
     "layer_maps",
+    "patterns",
     "relevance",
     "scope",
     "sensitivity",
+    "steered",
+    "steering_vector",
 ]

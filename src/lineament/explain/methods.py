@@ -18,6 +18,7 @@ from lineament._base.errors import InputError
 from lineament._base.seeds import generator
 from lineament.explain.ledger import Ledger
 from lineament.explain.operators import ACTIVATIONS
+from lineament.explain.patterns import patterns
 from lineament.explain.products import NEAR_ZERO
 from lineament.explain.recording import accepts, prepared, record
 from lineament.explain.relevance import Explainer, Relevance
@@ -251,21 +252,11 @@ class Rollout:
         _nothing_else("rollout", places, baseline)
         if callable(target):
             raise InputError("rollout needs a class or token number as target; a function names no position")
-        if not hasattr(model, "set_attn_implementation"):
-            raise InputError("attention rollout needs a transformers model that can return its attention")
-        before = model.config._attn_implementation
         with prepared(model), torch.no_grad():
             at = points(model, given, target)
-            try:
-                model.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
-                output = model(**{**given, "output_attentions": True})
-            finally:
-                model.set_attn_implementation(before)  # pyright: ignore[reportCallIssue]
-        patterns = getattr(output, "attentions", None)
-        if not patterns or patterns[0] is None:
-            raise InputError(f"{type(model).__name__} returns no attention patterns")
-        rolled = torch.eye(patterns[0].shape[-1]).to(patterns[0]).expand(len(patterns[0]), -1, -1)
-        for pattern in patterns:
+        found = list(patterns(model, given).weights.values())
+        rolled = torch.eye(found[0].shape[-1]).to(found[0]).expand(len(found[0]), -1, -1)
+        for pattern in found:
             rolled = (pattern.mean(1) + torch.eye(pattern.shape[-1]).to(pattern)) / 2 @ rolled
         row = at.places[1] if isinstance(at.places, tuple) and len(at.places) == 3 else 0
         name = next(iter(at.values))

@@ -5,6 +5,7 @@ from lineament.report.figures import bars, curve, heatmap
 from lineament.report.front import front
 from lineament.report.heat import HeatText, heat_image, heat_text
 from lineament.report.machine import machine, versions
+from lineament.report.network import network
 from lineament.report.page import Details, Picture, Rows, Samples, Section, Text, Tiles, page
 from lineament.report.tables import table
 
@@ -25,6 +26,7 @@ __all__ = [
     "heat_text",
     "heatmap",
     "machine",
+    "network",
     "page",
     "table",
     "versions",

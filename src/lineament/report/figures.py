@@ -147,6 +147,8 @@ def heatmap(
     title: str | None = None,
     unit: str = "",
     marked: Collection[tuple[int, int]] = (),
+    row_names: Sequence[str] | None = None,
+    column_names: Sequence[str] | None = None,
     dark: bool = False,
 ) -> bytes:
     """Draw a table of numbers as colours, light for small.
@@ -157,6 +159,7 @@ def heatmap(
         title: above the plot.
         unit: what the colours measure.
         marked: (row, column) of cells to frame.
+        row_names, column_names: words beside each row and under each column, instead of numbers.
         dark: for dark pages.
 
     Returns:
@@ -181,8 +184,13 @@ def heatmap(
         for row, column in marked:
             corner = (column - 0.5, row - 0.5)
             c.axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=c.colours[1], linewidth=1.6))
-        for axis, count in ((c.axes.xaxis, columns), (c.axes.yaxis, rows)):
-            axis.set_ticks(range(0, count, max(1, math.ceil(count / 16))))
+        for axis, count, names in ((c.axes.xaxis, columns, column_names), (c.axes.yaxis, rows, row_names)):
+            axis.set_ticks(range(0, count, 1 if names else max(1, math.ceil(count / 16))), names)
+        if column_names:
+            for word in c.axes.get_xticklabels():
+                word.set(rotation=90, parse_math=False)
+        for word in c.axes.get_yticklabels() if row_names else ():
+            word.set_parse_math(False)
         for spine in c.axes.spines.values():
             spine.set_visible(False)
         c.axes.tick_params(length=0)

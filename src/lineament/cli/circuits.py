@@ -1,0 +1,67 @@
+"""`lineament circuit`: which edges or nodes of a language model do a task."""
+
+import json as jsons
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lineament.cli.conversion import Json, Model
+
+
+def circuit(
+    model: Model,
+    task: Annotated[str, typer.Option(help="ioi, greater-than, or a JSON file of clean and corrupt prompts.")] = "ioi",
+    prompts: Annotated[int, typer.Option(help="Pairs of prompts a generator gives.")] = 100,
+    level: Annotated[str, typer.Option(help="What is chosen: edge or node.")] = "edge",
+    method: Annotated[
+        str, typer.Option(help="Scores by: relp, relp-ah, attribution, integrated-gradients, direct, patch (exact).")
+    ] = "relp",
+    ablation: Annotated[str, typer.Option(help="The others: resample (the corrupt run), mean, zero.")] = "resample",
+    size: Annotated[int | None, typer.Option(help="Keep so many; else the smallest faithful size.")] = None,
+    faithful: Annotated[float, typer.Option(help="Faithfulness to reach.")] = 0.85,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="Compare estimates with patching on: residual, attention, mlp, head, neuron, edge."),
+    ] = None,
+    compare_prompts: Annotated[int, typer.Option(help="Prompts for that.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the generator.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the picture here.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the JSON here too.")] = None,
+    json: Json = False,
+) -> None:
+    """Find the circuit of a task, and measure how faithful and complete it is; exit 1 if it isn't faithful enough.
+
+    A task file is {"prompts": [{"clean": ..., "corrupt": ..., "answer": ..., "distractor": ...}]}, prompts of a pair
+    having as many tokens. Example: lineament circuit smollm2 --task ioi --html circuit.html
+    """
+    from lineament.cli.messages import print_json, quiet, show
+    from lineament.convert.progress import Progress
+    from lineament.explain.circuit_page import circuit_of
+    from lineament.io import write_text
+
+    quiet()
+    with Progress() as progress:
+        stages: list[str] = []
+
+        def said(what: str, done: int, total: int) -> None:
+            if what not in stages[-1:]:
+                stages.append(what)
+                progress.stage(what)
+            if total > 1:
+                progress.count(done, total)
+
+        found = circuit_of(
+            model, task, prompts=prompts, seed=seed, compare=compare or (), compare_prompts=compare_prompts,
+            level=level, method=method, ablation=ablation, size=size, faithful=faithful, said=said,
+        )  # fmt: skip
+    written = [found.write_html(html)] if html else []
+    written += [found.write_png(png)] if png else []
+    written += [write_text(out, jsons.dumps(found.to_json(), indent=2))] if out else []
+    if json:
+        print_json(found.to_json())
+    else:
+        show(*found.tables(), *(f"written: {path}" for path in written))
+    if not found.reached:
+        raise typer.Exit(1)

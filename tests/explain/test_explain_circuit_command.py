@@ -1,0 +1,91 @@
+"""`lineament circuit`: from a task file to a page, and mistakes in one line."""
+
+import json
+
+import pytest
+import torch
+from tiny_families import make
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lineament.cli import run
+from lineament.explain.circuit_page import batch, compared, solved
+from lineament.tasks.prompt_pairs import Pair, encode
+
+WORDS = ["[UNK]", "the", "capital", "of", "france", "is", "paris", "italy", "rome", "spain", "madrid", "in"]
+PROMPTS = [
+    {"clean": f"the capital of {a} is", "corrupt": f"the capital of {b} is", "answer": x, "distractor": y}
+    for a, x in (("france", "paris"), ("italy", "rome"), ("spain", "madrid"))
+    for b, y in (("france", "paris"), ("italy", "rome"), ("spain", "madrid"))
+    if a != b
+] + [{"clean": "in the capital of france is", "corrupt": "in the capital of italy is", "answer": "paris",
+      "distractor": "rome"}]  # fmt: skip
+
+
+@pytest.fixture
+def decoder(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "llama")
+    make("llama")[0].save_pretrained(tmp_path / "llama")
+    (tmp_path / "task.json").write_text(json.dumps({"prompts": PROMPTS}))
+    return str(tmp_path / "llama")
+
+
+@pytest.mark.parametrize("level", ["edge", "node"])
+def test_a_task_file_gives_json_page_and_picture(decoder, level, tmp_path, capsys):
+    files = {name: str(tmp_path / f"found.{name}") for name in ("html", "png", "json")}
+    command = ["circuit", decoder, "--task", str(tmp_path / "task.json"), "--level", level, "--faithful", "-99"]
+    options = ["--html", files["html"], "--png", files["png"], "--out", files["json"], "--compare", "mlp"]
+    assert run([*command, *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "found.json").read_text())
+    assert found["asked"] == 7
+    assert 2 <= found["solved"] <= 7
+    assert found["circuit"]["level"] == level
+    assert found["agreement"][0]["places"] == "mlp"
+    assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "found.html").read_text()
+    assert "How faithful it is" in page
+    assert "Estimates beside patching" in page
+    assert run(command) == 0
+    assert "prompts solved" in capsys.readouterr().out
+    assert run([*command[:-1], "99"]) == 1  # not faithful enough, and shown all the same
+    assert "faithfulness" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(decoder, tmp_path, capsys):
+    task = str(tmp_path / "task.json")
+    unequal = tmp_path / "unequal.json"
+    unequal.write_text(json.dumps([PROMPTS[0] | {"corrupt": "the capital is"}]))
+    for options, message in (
+        (["--task", "none.json"], "none.json does not exist"),
+        (["--task", str(unequal)], "pair 0: the clean prompt has 5"),
+        (["--task", task, "--method", "rlp"], "Did you mean 'relp'"), (["--task", task, "--size", "0"], "size is 0"),
+        (["--task", task, "--level", "head"], "unknown level"), (["--prompts", "1"], "expected 2 or more"),
+        (["--task", task, "--compare", "mpl"], "Did you mean 'mlp'"), (["--task", "ioi"], "none of the generator's names"),
+    ):  # fmt: skip
+        assert run(["circuit", decoder, *options]) == 2, options
+        error = capsys.readouterr().err.strip()
+        assert message in error.replace("\n", " ")
+        assert "Traceback" not in error
+
+
+def test_prompts_of_unequal_lengths_are_read_where_each_ends():
+    model = make("llama")[0]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    pairs = [Pair(x["clean"], x["corrupt"], (x["answer"],), (x["distractor"],)) for x in PROMPTS]
+    found = encode(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"), pairs)
+    clean, corrupt, metric = batch(found)
+    assert clean["logits_to_keep"].tolist() == [4, 5]
+    with torch.no_grad():
+        together = metric(model(**clean))
+        for row in range(7):
+            one, _, alone = batch(found.rows([row]))
+            torch.testing.assert_close(alone(model(**one)), together[row : row + 1])
+        right, first = solved(model, found, rows=3)
+        assert right.tolist() == ((together > 0) & (metric(model(**corrupt)) < together)).tolist()
+    assert first.shape == (7,)
+    rows = compared(model, found, ["residual"])
+    assert rows[0]["count"] == 2 * 6
