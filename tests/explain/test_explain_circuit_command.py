@@ -32,26 +32,24 @@ def decoder(tmp_path):
     return str(tmp_path / "llama")
 
 
-@pytest.mark.parametrize("level", ["edge", "node"])
-def test_a_task_file_gives_json_page_and_picture(decoder, level, tmp_path, capsys):
-    files = {name: str(tmp_path / f"found.{name}") for name in ("html", "png", "json")}
-    command = ["circuit", decoder, "--task", str(tmp_path / "task.json"), "--level", level, "--faithful", "-99"]
-    options = ["--html", files["html"], "--png", files["png"], "--out", files["json"], "--compare", "mlp"]
-    assert run([*command, *options, "--json"]) == 0
+def test_a_task_file_gives_json_and_page(decoder, tmp_path, capsys):
+    command = ["circuit", decoder, "--task", str(tmp_path / "task.json"), "--faithful", "-99", "--compare", "mlp"]
+    assert run([*command, "--html", str(tmp_path / "a.html"), "-o", str(tmp_path / "a.json"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found == json.loads((tmp_path / "found.json").read_text())
+    assert found == json.loads((tmp_path / "a.json").read_text())
     assert found["asked"] == 7
     assert 2 <= found["solved"] <= 7
-    assert found["circuit"]["level"] == level
     assert found["agreement"][0]["places"] == "mlp"
-    assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
-    page = (tmp_path / "found.html").read_text()
+    page = (tmp_path / "a.html").read_text()
     assert "How faithful it is" in page
     assert "Estimates beside patching" in page
-    assert run(command) == 0
+
+
+def test_heads_are_drawn_and_what_is_not_faithful_exits_with_1(decoder, tmp_path, capsys):
+    command = ["circuit", decoder, "--task", str(tmp_path / "task.json"), "--level", "node", "--faithful", "99"]
+    assert run([*command, "--png", str(tmp_path / "a.png")]) == 1
     assert "prompts solved" in capsys.readouterr().out
-    assert run([*command[:-1], "99"]) == 1  # not faithful enough, and shown all the same
-    assert "faithfulness" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_mistakes_are_one_line(decoder, tmp_path, capsys):
@@ -63,7 +61,8 @@ def test_mistakes_are_one_line(decoder, tmp_path, capsys):
         (["--task", str(unequal)], "pair 0: the clean prompt has 5"),
         (["--task", task, "--method", "rlp"], "Did you mean 'relp'"), (["--task", task, "--size", "0"], "size is 0"),
         (["--task", task, "--level", "head"], "unknown level"), (["--prompts", "1"], "expected 2 or more"),
-        (["--task", task, "--compare", "mpl"], "Did you mean 'mlp'"), (["--task", "ioi"], "none of the generator's names"),
+        (["--task", task, "--compare", "mpl"], "Did you mean 'mlp'"),
+        (["--task", "ioi"], "none of the generator's names"),
     ):  # fmt: skip
         assert run(["circuit", decoder, *options]) == 2, options
         error = capsys.readouterr().err.strip()

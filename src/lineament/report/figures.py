@@ -186,11 +186,9 @@ def heatmap(
             c.axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=c.colours[1], linewidth=1.6))
         for axis, count, names in ((c.axes.xaxis, columns, column_names), (c.axes.yaxis, rows, row_names)):
             axis.set_ticks(range(0, count, 1 if names else max(1, math.ceil(count / 16))), names)
-        if column_names:
-            for word in c.axes.get_xticklabels():
-                word.set(rotation=90, parse_math=False)
-        for word in c.axes.get_yticklabels() if row_names else ():
-            word.set_parse_math(False)
+        for axis, turn in ((c.axes.xaxis, 90 if column_names else 0), (c.axes.yaxis, 0)):
+            for word in axis.get_ticklabels():
+                word.set(rotation=turn, parse_math=False)
         for spine in c.axes.spines.values():
             spine.set_visible(False)
         c.axes.tick_params(length=0)

@@ -91,7 +91,7 @@ def indirect_object_pairs(count: int, *, seed: int = 0, fits: Callable[[str], bo
         giver, other = (a, b) if int(torch.randint(2, (), generator=random)) else (b, a)
         saying, place, thing = one_of(SAYINGS), one_of(PLACES), one_of(THINGS)
         said = [saying.format(a=a, b=b, place=place, thing=thing, giver=each) for each in (giver, other)]
-        found.append(Pair(*said, (f" {other}",), (f" {giver}",)))
+        found.append(Pair(said[0], said[1], (f" {other}",), (f" {giver}",)))
     return found
 
 
@@ -112,7 +112,9 @@ def greater_than_pairs(count: int, *, seed: int = 0, fits: Callable[[str], bool]
         century, tens = (int(torch.randint(low, high, (), generator=random)) for low, high in ((11, 18), (2, 8)))
         ones = int(torch.randint(10, (), generator=random))
         said = [f"The {event} lasted from the year {century}{t}{ones} to the year {century}" for t in (tens, 0)]
-        found.append(Pair(*said, tuple(str(d) for d in range(tens + 1, 10)), tuple(str(d) for d in range(tens))))
+        found.append(
+            Pair(said[0], said[1], tuple(str(d) for d in range(tens + 1, 10)), tuple(str(d) for d in range(tens)))
+        )
     return found
 
 
@@ -188,7 +190,8 @@ def encode(tokenizer: Any, pairs: Sequence[Pair]) -> Encoded:
         for known, new in zip((clean, corrupt, answers, distractors), (one, other, *starts), strict=True):
             known.append(new)
     last = torch.tensor([len(ids) - 1 for ids in clean])
-    return Encoded(*(_filled(x, 0) for x in (clean, corrupt)), *(_filled(x, -1) for x in (answers, distractors)), last)
+    prompts, wanted = [_filled(x, 0) for x in (clean, corrupt)], [_filled(x, -1) for x in (answers, distractors)]
+    return Encoded(prompts[0], prompts[1], wanted[0], wanted[1], last)
 
 
 def _first_tokens(tokenizer: Any, prompt: str, words: Sequence[str]) -> list[int]:
