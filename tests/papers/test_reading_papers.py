@@ -7,6 +7,7 @@ from lineament._base.extras import available
 
 SLUGS = [
     pytest.param("linear-scope", marks=pytest.mark.skipif(not available("sklearn"), reason="digits, photographs")),
+    pytest.param("level-set-traversal", marks=pytest.mark.skipif(not available("sklearn"), reason="digits")),
     "depth-efficiency",
 ]
 

@@ -10,6 +10,7 @@ import typer
 
 from lineament import __version__
 from lineament.cli import (
+    blindspots,
     circuits,
     composing,
     connecting,
@@ -64,6 +65,7 @@ for command in (
     circuits.circuit,
     explaining.scope,
     depth.depth,
+    blindspots.blindspots,
     doctor.doctor,
 ):
     app.command(rich_help_panel=None)(command)

@@ -12,10 +12,12 @@
 - `depth(model, texts) -> Depth`: what each layer writes, changes and knows; `layer_maps`: maps between two models.
 - `direct_logits` (what each node writes into the answer), `patterns` (who attends to whom), `steering_vector` and
   `steered` (a direction added while a model runs).
+- `blind_spots(classifier, sources, targets) -> BlindSpots`: other images of equal confidence; `path`, `triangle`.
 - `coverage(model, inputs)`: operator x count x rule.
 - `infidelity`, `sensitivity`, `flipping`, `abpc`: how good an explanation is.
 """
 
+from lineament.explain.blindspots import BlindSpots, blind_spots, path, ssim, straight_line, triangle
 from lineament.explain.circuit import Circuit, circuit, evaluate_circuit
 from lineament.explain.coverage import coverage
 from lineament.explain.depth import Depth, depth, layer_maps
@@ -39,6 +41,7 @@ __all__ = [
     "OPERATORS",
     "RULES",
     "AlphaBeta",
+    "BlindSpots",
     "Circuit",
     "DeepLift",
     "Depth",
@@ -64,6 +67,7 @@ __all__ = [
     "abpc",
     "agreement",
     "anisotropy",
+    "blind_spots",
     "circuit",
     "coverage",
     "depth",
@@ -73,10 +77,14 @@ __all__ = [
     "flipping",
     "infidelity",
     "layer_maps",
+    "path",
     "patterns",
     "relevance",
     "scope",
     "sensitivity",
+    "ssim",
     "steered",
     "steering_vector",
+    "straight_line",
+    "triangle",
 ]

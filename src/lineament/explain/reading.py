@@ -149,7 +149,7 @@ def explain_image(model: str, image: str | Path, *, target: int | None = None, r
     Raises:
         InputError: no such model, or no picture.
     """
-    net, pixels = picture_of(model, Path(image))
+    net, pixels, _ = picture_of(model, Path(image))
     found = relevance(net, {"pixel_values": pixels}, target=target, rules=rules)
     label = int(found.target.split()[-1])
     shown = pixels[0].permute(1, 2, 0)
@@ -161,7 +161,8 @@ def explain_image(model: str, image: str | Path, *, target: int | None = None, r
     )  # fmt: skip
 
 
-def picture_of(model: str, image: Path) -> tuple[nn.Module, Tensor]:
+def picture_of(model: str, image: Path) -> tuple[nn.Module, Tensor, Any]:
+    """Return an image classifier, a picture as it takes it, and its image processor."""
     from PIL import Image, UnidentifiedImageError
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -181,7 +182,7 @@ def picture_of(model: str, image: Path) -> tuple[nn.Module, Tensor]:
             pixels = processor(opened.convert(mode), return_tensors="pt")["pixel_values"]
     except UnidentifiedImageError as error:
         raise InputError(f"{image} is not a picture") from error
-    return net.eval().float(), pixels.to(torch.float32)
+    return net.eval().float(), pixels.to(torch.float32), processor
 
 
 def coverage_of(model: str, text: str, *, rules: Any = "auto") -> list[dict[str, Any]]:

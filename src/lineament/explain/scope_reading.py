@@ -137,7 +137,7 @@ def scope_image(
     Raises:
         InputError: no such model, no picture, or no such class.
     """
-    net, pixels = picture_of(model, Path(image))
+    net, pixels, _ = picture_of(model, Path(image))
     found = scope(net, {"pixel_values": pixels}, **choices)
     labels: Any = net.config.id2label or {}
     rest, votes, values, basis = _read(found, target, singular, lambda k: str(labels.get(k, k)))
