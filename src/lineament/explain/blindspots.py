@@ -84,15 +84,13 @@ def blind_spots(
         InputError: unequal shapes, values outside [0, 1], or an unknown choice.
 
     Example:
-        >>> plane = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
-        >>> x = torch.rand(3, 1, 2, 2)
-        >>> blind_spots(plane, x, x.flip(0), steps=5).images.shape
+        >>> net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)), torch.rand(3, 1, 2, 2)
+        >>> blind_spots(net, x, x.flip(0), steps=5).images.shape
         torch.Size([3, 1, 2, 2])
     """
-    if slope not in ("loss", "margin"):
-        raise unknown("slope", slope, ("loss", "margin"))
-    if stop not in ("reject", "first"):
-        raise unknown("stop", stop, ("reject", "first"))
+    for what, given, known in (("slope", slope, ("loss", "margin")), ("stop", stop, ("reject", "first"))):
+        if given not in known:
+            raise unknown(what, given, known)
     _check(sources, targets)
     with torch.no_grad():
         scores = scores_of(classifier(sources))
@@ -100,8 +98,7 @@ def blind_spots(
         start = _confidence(scores, labels)
         noise = torch.rand(sources.shape, generator=generator(seed)).to(sources) - 0.5
         x = (sources + 2 * jitter * noise).clamp(0, 1)
-    d, taken = torch.zeros_like(x), torch.zeros(len(x), device=x.device)
-    going = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    d, taken, going = torch.zeros_like(x), torch.zeros_like(start), torch.ones_like(labels, dtype=torch.bool)
     for _ in range(steps):
         g = _gradient(classifier, x, labels, slope)
         with torch.no_grad():
