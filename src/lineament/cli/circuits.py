@@ -24,7 +24,7 @@ def circuit(
         list[str] | None,
         typer.Option(help="Compare estimates with patching on: residual, attention, mlp, head, neuron, edge."),
     ] = None,
-    compare_prompts: Annotated[int, typer.Option(help="Prompts for that.")] = 16,
+    compare_prompts: Annotated[int, typer.Option(help="Prompts for that.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the generator.")] = 0,
     html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the picture here.")] = None,

@@ -65,25 +65,29 @@ def moved(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return site -> scores of moving it from `old`, what it holds in the base run, to `new`."""
     if how.method == "patch":
-        return _exact(model, base, new, metric, how)
+        return _exact(model, base, old, new, metric, how)
     slopes = _slopes(model, base, old, new, metric, how)
     return {site: how.grid.sums((new[site] - x) * slopes[site]) for site, x in old.items()}
 
 
 def _exact(
-    model: nn.Module, base: Mapping[str, Any], new: Mapping[str, Tensor], metric: Metric, how: How
-) -> dict[str, Tensor]:
-    """Run the model for every cell; the cells of a place share forward passes as rows of a batch."""
+    model: nn.Module, base: Mapping[str, Any], old: Mapping[str, Tensor], new: Mapping[str, Tensor], metric: Metric,
+    how: How,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Run the model for every cell whose value changes; cells of a place share forward passes as rows of a batch."""
     scores = {}
     with torch.no_grad():
         before, restart = metric(run(model, base)), Restart(model, base, new)
         for done, (site, x) in enumerate(new.items()):
             cells, size = how.grid.cells(x), max(1, how.rows // len(x))
-            parts = [
-                patched(restart, site, metric, _put(how.grid, x, cells[i : i + size]), len(cells[i : i + size]))
-                for i in range(0, len(cells), size)
-            ]
-            scores[site] = how.grid.shaped(torch.cat(parts) - before, x)
+            parts = how.grid.parts(x != old[site]).any(-1).any(0)  # before the first word that differs, nothing does
+            wanted = [i for i, (at, part) in enumerate(cells) if bool(parts[at, part].any())]
+            found = before.new_zeros(len(cells), len(x))
+            for i in range(0, len(wanted), size):
+                some = [cells[k] for k in wanted[i : i + size]]
+                change = _put(how.grid, x, some)
+                found[wanted[i : i + size]] = patched(restart, site, metric, change, len(some)) - before
+            scores[site] = how.grid.shaped(found, x)
             how.counted(done + 1, len(new))
     return scores
 
