@@ -232,7 +232,8 @@ def evaluate_circuit(
         InputError: the model has not the circuit's edges or nodes.
     """
     task = _checked(model, clean, corrupt, metric, found.level, found.method, found.ablation, rows)
-    strange = [name for name in found.parts if name not in set(task.names)]
+    known = set(task.names)
+    strange = [name for name in found.parts if name not in known]
     if strange:
         raise InputError(f"the model has no {found.level} {strange[0]!r}; is the circuit of another model?")
     ends = _ends(task)
