@@ -18,7 +18,7 @@ from lineament.models import load_teacher
 from lineament.report import Picture, Section, Tiles, curve, heatmap, network, page, table
 from lineament.tasks.prompt_pairs import TASKS, Encoded, Pair, encode, read_pairs
 
-DRAWN = 120
+DRAWN = 60
 """Edges a picture shows, the strongest; more would hide each other."""
 
 
@@ -103,7 +103,8 @@ class CircuitReport:
             f"others take their value from {_elsewhere(c.ablation)}."
         )
         drawn = f" The {DRAWN} strongest edges are drawn." if c.level == "edge" and len(c.parts) > DRAWN else ""
-        caption = "Blue helps the answer, vermilion works against it; the wider, the more." + drawn
+        into = " What goes into an attention layer is drawn to each head that hands it on." if c.level == "edge" else ""
+        caption = "Blue helps the answer, vermilion works against it; the wider, the more." + into + drawn
         alt = f"The circuit: {', '.join(c.nodes[:40])}"
         sections = [
             Section("The circuit", [Tiles(tiles), about, Picture(self.png(), alt, caption, self.png(dark=True))]),
@@ -231,7 +232,8 @@ def _network(c: Circuit, title: str, dark: bool) -> bytes:
     ranks: dict[tuple[int, int], list[str]] = {}
     for name in names:
         ranks.setdefault(_order(name)[:2], []).append(name)
-    return network([*ranks.values(), ["logits"]], edges, title=title, dark=dark)
+    mlps = [name for name in names if name.startswith("m")]
+    return network([*ranks.values(), ["logits"]], edges, aside=mlps, title=title, dark=dark)
 
 
 def _map(c: Circuit, title: str, dark: bool) -> bytes:

@@ -1,6 +1,8 @@
 """A network drawn in ranks, from below: who hands how much to whom."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+
+from matplotlib.patches import FancyArrowPatch
 
 from lineament._base.errors import InputError
 from lineament.report.style import canvas
@@ -10,6 +12,7 @@ def network(
     ranks: Sequence[Sequence[str]],
     edges: Mapping[tuple[str, str], float],
     *,
+    aside: Collection[str] = (),
     title: str | None = None,
     dark: bool = False,
 ) -> bytes:
@@ -18,6 +21,7 @@ def network(
     Args:
         ranks: node names, the lowest rank first.
         edges: (from, to) -> weight, between nodes of the ranks.
+        aside: nodes to draw in a column of their own at the right.
         title: above. dark: for dark pages.
 
     Returns:
@@ -30,11 +34,11 @@ def network(
         >>> network([["embed"], ["a0.h1", "m0"], ["logits"]], {("embed", "m0"): 0.5, ("m0", "logits"): -0.2})[:4]
         b'\\x89PNG'
     """
-    places = {
-        name: ((index + 0.5) / len(rank), height)
-        for height, rank in enumerate(ranks)
-        for index, name in enumerate(rank)
-    }
+    places: dict[str, tuple[float, float]] = {}
+    for height, rank in enumerate(ranks):
+        row = [name for name in rank if name not in aside]
+        places |= {name: (0.94, height) for name in rank if name in aside}
+        places |= {name: ((0.84 if aside else 1) * (i + 0.5) / len(row), height) for i, name in enumerate(row)}
     strange = [name for pair in edges for name in pair if name not in places]
     if not places or strange:
         raise InputError(f"{strange[0]!r} is in no rank" if strange else "there is no node to draw")
@@ -43,9 +47,11 @@ def network(
     with canvas(min(12.0, max(4.8, 0.62 * widest + 1.6)), min(14.0, 0.36 * len(ranks) + 1.2), dark=dark) as c:
         for (first, second), weight in sorted(edges.items(), key=lambda pair: abs(pair[1])):
             share = abs(weight) / most
-            (x0, y0), (x1, y1) = places[first], places[second]
-            c.axes.plot([x0, x1], [y0, y1], color=c.colours[weight < 0], linewidth=0.4 + 3.2 * share,
-                        alpha=0.25 + 0.6 * share, solid_capstyle="round", zorder=1)  # fmt: skip
+            line = FancyArrowPatch(
+                places[first], places[second], arrowstyle="-", connectionstyle="arc3,rad=0.12", shrinkA=0, shrinkB=0,
+                color=c.colours[weight < 0], linewidth=0.4 + 3.2 * share, alpha=0.25 + 0.6 * share, zorder=1,
+            )  # fmt: skip
+            c.axes.add_patch(line)
         box = {"boxstyle": "round,pad=0.25", "facecolor": c.paper, "edgecolor": c.soft, "linewidth": 0.7}
         for name, (x, y) in places.items():
             c.axes.text(x, y, name, ha="center", va="center", fontsize=7.5, color=c.ink, zorder=2, bbox=box)

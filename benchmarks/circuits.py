@@ -1,0 +1,46 @@
+"""Estimates of patching on the embedded model: how many prompts it solves, and correlation with patching beside cost.
+
+    python benchmarks/circuits.py --prompts 8 --head-prompts 2 --steps 3
+"""
+
+import argparse
+import json
+
+import torch
+
+from lineament.explain import agreement
+from lineament.explain.circuit_page import _single, batch, solved
+from lineament.models import load_teacher
+from lineament.tasks.prompt_pairs import TASKS, encode
+
+
+def main() -> None:
+    """Print the share of prompts solved, then a row per kind of place as it is found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--task", default="ioi", choices=list(TASKS))
+    parser.add_argument("--asked", type=int, default=100)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--head-prompts", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="of integrated gradients")
+    parser.add_argument("--kinds", nargs="*", default=["residual", "mlp", "attention", "head"])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load_teacher(given.model)
+    pairs = TASKS[given.task](given.asked, fits=lambda word: _single(tokenizer, word))
+    encoded = encode(tokenizer, pairs)
+    right, first = solved(model, encoded)
+    print(json.dumps({"asked": given.asked, "solved": int(right.sum()), "likeliest": int(first.sum())}), flush=True)
+    length = encoded.last[right].mode().values  # of one length, so that no place stands behind a prompt's end
+    chosen = (right & (encoded.last == length)).nonzero().flatten().tolist()
+    for kind in given.kinds:
+        rows = chosen[: given.head_prompts if kind == "head" else given.prompts]
+        clean, corrupt, metric = batch(encoded.rows(rows))
+        share = metric.between(model, clean, corrupt)
+        options = {"steps": given.steps, "rows": 48, "said": lambda text: print(text, flush=True)}
+        found = agreement(model, clean, corrupt, share, kinds=[kind], **options)[0]
+        print(json.dumps(found | {"prompts": len(rows), "tokens": int(length) + 1}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
