@@ -72,8 +72,7 @@ def blind_spots(
 
     Args:
         classifier: images in [0, 1] -> logits, in eval mode.
-        sources, targets: [B, C, Y, X] in [0, 1].
-        labels: the sources' classes; the likeliest if None.
+        sources, targets: [B, C, Y, X] in [0, 1]. labels: the sources' classes; the likeliest if None.
         steps, rate, parallel, tolerance: m, eta, epsilon, delta.
         slope: g of the cross-"loss" (which vanishes where the classifier is sure), or of the logit "margin" (the same
             level sets).
@@ -109,8 +108,7 @@ def blind_spots(
             x = torch.where(moves.view(-1, 1, 1, 1), new, x)
             taken += moves
             going = moves if stop == "first" else going
-    with torch.no_grad():
-        confidence = _confidence(scores_of(classifier(x)), labels)
+    confidence = _confidence(scores_of(classifier(x)), labels).detach()
     return BlindSpots(x, sources, targets, labels, start, confidence, taken / max(1, steps))
 
 

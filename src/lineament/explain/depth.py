@@ -97,7 +97,7 @@ def depth(
         >>> from lineament import models
         >>> found = depth(models.tiny_teacher("llama"), [torch.arange(3, 23)], cuts=1)
         >>> found.layers, len(found.lens["KL"])
-        (2, 3)
+        (3, 4)
     """
     names, added = (list(layers), attention) if layers is not None else layer_names(model)
     batches = [_row(text) for text in texts]
