@@ -18,6 +18,7 @@ COMMANDS = [
     "diff",
     "connect",
     "align",
+    "bricks",
     "compose",
     "papers",
     "reproduce",

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lineament._base.errors import InputError
-from lineament.models import experts_of, set_active_, tiny_teacher, widen, with_experts
+from lineament.models import experts_of, set_active_, tiny_teacher, widen, with_mlps
 from lineament.models.rebuilt import FAMILIES
 from lineament.nn import Experts, ExpertsConfig
 
@@ -73,7 +73,7 @@ def test_experts_in_a_model_are_saved_and_loaded(tmp_path):
     model = tiny_teacher("llama")
     torch.manual_seed(0)
     layer = Experts(ExpertsConfig(width=24, hidden=32, experts=4, active=2))
-    rebuilt = with_experts(widen(model, [(1, 2)]), {0: layer})
+    rebuilt = with_mlps(widen(model, [(1, 2)]), {0: layer})
     rebuilt.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(IDS).logits, rebuilt(IDS).logits)
@@ -96,8 +96,8 @@ def test_other_models_are_refused():
     with pytest.raises(InputError, match="rebuilt already"):
         widen(widen(tiny_teacher("llama"), [(0, 1)]), [(0, 1)])
     with pytest.raises(InputError, match="layer 9 is outside"):
-        with_experts(tiny_teacher("llama"), {9: Experts(ExpertsConfig(width=24, hidden=4, experts=2, active=1))})
-    with pytest.raises(InputError, match="have width 8, not 24"):
-        with_experts(tiny_teacher("llama"), {0: Experts(ExpertsConfig(width=8, hidden=4, experts=2, active=1))})
+        with_mlps(tiny_teacher("llama"), {9: Experts(ExpertsConfig(width=24, hidden=4, experts=2, active=1))})
+    with pytest.raises(InputError, match="has width 8, not 24"):
+        with_mlps(tiny_teacher("llama"), {0: Experts(ExpertsConfig(width=8, hidden=4, experts=2, active=1))})
     with pytest.raises(InputError, match="has no experts"):
         set_active_(tiny_teacher("llama"), 1)

@@ -11,6 +11,7 @@ import typer
 from lineament import __version__
 from lineament.cli import (
     blindspots,
+    bricks,
     circuits,
     composing,
     connecting,
@@ -58,6 +59,7 @@ for command in (
     merging.merge,
     merging.diff,
     composing.compose,
+    bricks.bricks,
     papers.papers,
     papers.reproduce,
     explaining.explain,

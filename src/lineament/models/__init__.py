@@ -25,8 +25,8 @@
 - `load_model(name)`: a model in its own format, every key accounted for. `FLA`: fla's families, read without fla.
 - `sequence_parallel_loss(model, input_ids)`: sequences spread over ranks; `average_gradients_(model)` without DDP.
 - `Terminator(TerminatorConfig(...))`, `TERMINATOR_CIFAR`: classifiers of images and sequences by hyper-kernels.
-- `widen(model, groups)`: neighbouring layers as one wide layer; `with_experts(model, {layer: Experts})`, `experts_of`,
-  `set_active_`: feed-forward layers as experts. Ordinary folders both.
+- `widen(model, groups)`: neighbouring layers as one wide layer; `with_mlps(model, {layer: Experts})`, `experts_of`,
+  `set_active_`: other feed-forward layers. Ordinary folders both.
 - `dense_classifier(sizes)`, `masked_classifier(sizes, groups)`, `residual_classifier(...)`, `ResidualClassifier()`:
   small nets on images, to study weights.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
@@ -48,7 +48,7 @@ from lineament.models.generate import cache_nbytes, write_text
 from lineament.models.load import find_model, load_model, load_teacher
 from lineament.models.parallel import average_gradients_, sequence_parallel_loss
 from lineament.models.prefill import Prefilled, prefill
-from lineament.models.rebuilt import experts_of, register_rebuilt, set_active_, widen, with_experts
+from lineament.models.rebuilt import experts_of, register_rebuilt, set_active_, widen, with_mlps
 from lineament.models.speed_up import SpedUp, speed_up_
 from lineament.models.student import (
     build_student,
@@ -124,6 +124,6 @@ __all__ = [
     "tiny",
     "tiny_teacher",
     "widen",
-    "with_experts",
+    "with_mlps",
     "write_text",
 ]

@@ -1,4 +1,4 @@
-"""Decoders of transformers with other insides: neighbouring layers in one wide layer, feed-forward layers as experts.
+"""Decoders of transformers with other insides: neighbouring layers in one wide layer, feed-forward layers in parts.
 
 The result is the family's own class with a field `rebuilt` in its config, an ordinary folder: `save_pretrained`,
 `AutoModelForCausalLM.from_pretrained` (after `import lineament.models`), `generate`, caches and all.
@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lineament._base.errors import InputError
 from lineament.graph import swap
-from lineament.nn import Experts, ExpertsConfig
+from lineament.nn import Experts, ExpertsConfig, SelectiveConfig, SelectiveMLP
 
 FAMILIES = ("llama", "mistral", "qwen2")  # layers made from the config alone: two norms, q k v o, a gated MLP
 PREFIX = "lineament-rebuilt-"
@@ -25,6 +25,10 @@ FORMAT = 1
 LAYERS = "model.layers"
 READ = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"}
 WRITE = ("self_attn.o_proj", "mlp.down_proj")
+KINDS: dict[str, tuple[type, type]] = {
+    "experts": (Experts, ExpertsConfig),
+    "selective": (SelectiveMLP, SelectiveConfig),
+}
 NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 
 
@@ -54,7 +58,7 @@ def widen(model: nn.Module, groups: Sequence[Sequence[int]]) -> Any:
     kinds = getattr(config, "layer_types", None)
     if kinds and any(len({kinds[i] for i in run}) > 1 for run in runs):
         raise InputError(f"a group mixes kinds of attention ({', '.join(sorted(set(kinds)))}); give layers of one kind")
-    about = {"format": FORMAT, "widths": [len(run) for run in runs], "experts": {}}
+    about = {"format": FORMAT, "widths": [len(run) for run in runs], "mlps": {}}
     changes: dict[str, Any] = {"num_hidden_layers": len(runs)}
     if kinds:
         changes["layer_types"] = [kinds[run[0]] for run in runs]
@@ -68,29 +72,31 @@ def widen(model: nn.Module, groups: Sequence[Sequence[int]]) -> Any:
     return new
 
 
-def with_experts(model: nn.Module, experts: Mapping[int, Experts]) -> Any:
-    """Return a copy of a decoder whose feed-forward layers are `Experts` in some layers.
+def with_mlps(model: nn.Module, mlps: Mapping[int, Experts | SelectiveMLP]) -> Any:
+    """Return a copy of a decoder with other feed-forward layers in some places: `Experts` or `SelectiveMLP`.
 
     Args:
         model: a Llama, Mistral or Qwen2 causal language model, possibly widened; not changed.
-        experts: layer -> the layer that stands in for its MLP (`weights.experts.split` makes them).
+        mlps: layer -> what stands in for its MLP (`weights.experts.split` and `selective` make them).
 
     Raises:
         InputError: another family, or a layer or width that the model does not have.
     """
-    config = model.config
+    config: Any = model.config
     _check_family(config)
     about = copy.deepcopy(getattr(config, "rebuilt", None)) or {
-        "format": FORMAT, "widths": [1] * config.num_hidden_layers, "experts": {},
+        "format": FORMAT, "widths": [1] * config.num_hidden_layers, "mlps": {},
     }  # fmt: skip
-    for layer, own in experts.items():
+    for layer, own in mlps.items():
         if not 0 <= layer < config.num_hidden_layers:
             raise InputError(f"layer {layer} is outside the model's layers 0 to {config.num_hidden_layers - 1}")
         if own.config.width != config.hidden_size:
-            raise InputError(f"the experts for layer {layer} have width {own.config.width}, not {config.hidden_size}")
-        about["experts"][str(layer)] = {**own.config.to_json(), "active": own.active}
+            raise InputError(f"what stands in for layer {layer} has width {own.config.width}, not {config.hidden_size}")
+        kind = next(kind for kind, (cls, _) in KINDS.items() if isinstance(own, cls))
+        active = {"active": own.active} if isinstance(own, Experts) else {}
+        about["mlps"][str(layer)] = {"kind": kind, **own.config.to_json(), **active}
     new = _copied(model, _config(config, about))
-    swap(new, {f"{LAYERS}.{layer}.mlp": own for layer, own in experts.items()})
+    swap(new, {f"{LAYERS}.{layer}.mlp": own for layer, own in mlps.items()})
     return new
 
 
@@ -113,7 +119,7 @@ def set_active_(model: nn.Module, active: int | Mapping[int, int]) -> Any:
         if layer not in found or not 1 <= number <= found[layer].config.experts:
             raise InputError(f"layer {layer} can't have {number} active experts")
         found[layer].active = number
-        model.config.rebuilt["experts"][str(layer)]["active"] = number  # pyright: ignore
+        model.config.rebuilt["mlps"][str(layer)]["active"] = number  # pyright: ignore
     return model
 
 
@@ -131,12 +137,13 @@ class _Rebuilt(PreTrainedModel):
         for at, width in enumerate(about["widths"]):
             if width > 1:
                 layers[at] = _wide_layer(type(layers[at]), config, width, at)  # type: ignore[operator,index]
-        for at, own in about["experts"].items():
-            layers[int(at)].mlp = Experts(ExpertsConfig(**own))  # type: ignore[operator,index]
+        for at, own in about["mlps"].items():
+            layer, settings = KINDS[own["kind"]]
+            layers[int(at)].mlp = layer(settings(**{k: v for k, v in own.items() if k != "kind"}))  # type: ignore
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Experts):
-            if not getattr(module.inner, "_is_hf_initialized", False):
+        if isinstance(module, Experts | SelectiveMLP):
+            if not any(getattr(x, "_is_hf_initialized", False) for x in module.parameters(recurse=False)):
                 module.reset_parameters()
             return
         super()._init_weights(module)

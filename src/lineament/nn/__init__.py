@@ -15,6 +15,7 @@
 - `ResidualMLP(config)`, `matched(shape, ..., budget)`: residual MLPs with a narrow or a wide skip, of equal parameters.
 - `Residual`, `SideBySide`, `Through`, `fuse`: residual layers next to each other, and those as one wide layer.
 - `Experts(ExpertsConfig(...))`, `Router`: a feed-forward layer's own units in groups, of which some work on a token.
+  `SelectiveMLP(SelectiveConfig(...))`: a gated one that reads only the neurons its gate lets speak.
 - `MaskedLinear(group_mask(...))`, `MaskedConv2d`: sparse layers of groups; `PackedLinear` runs them as tiles; `with
   rewired(model, Rewiring(...))` moves their edges in training.
 - `quiet_log_scale`: where a far part starts unheard.
@@ -38,6 +39,7 @@ from lineament.nn.residual import Fused, Residual, SideBySide, Through, fuse
 from lineament.nn.residual_mlp import ResidualMLP, ResidualMLPConfig, hadamard, matched
 from lineament.nn.rewiring import GROWTHS, Rewiring, rewired
 from lineament.nn.rows import Rows
+from lineament.nn.selective import SelectiveConfig, SelectiveMLP
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.softmax import KeyValues, causal_softmax
 from lineament.nn.standardization import ByBatch, GroupedStandardization, by_sample
@@ -85,6 +87,8 @@ __all__ = [
     "Rewiring",
     "Router",
     "Rows",
+    "SelectiveConfig",
+    "SelectiveMLP",
     "ShortConv",
     "SideBySide",
     "Slots",

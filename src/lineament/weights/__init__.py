@@ -16,9 +16,13 @@
   teaches tasks one after another, with replay from a `Reservoir`; `line` looks between two adapters.
 - `side_by_side(model, layers, groups)`: modules that let layers of a stack run next to each other, for `graph.swap`;
   `orders(layers, x)` and `decoder_orders` say what that drops, `parallel_bound` and `parallel_error` how much it is.
+- `neurons` (module): how much each neuron of a feed-forward layer says, sparsity curves, functionality scores.
+  `experts`: such layers cut into experts with a router, or reading only the neurons that speak. `Bricks`, `Brick`:
+  parts of models under one record, with the verbs route, merge, update, grow.
 """
 
 from lineament.weights.alignment import Alignment, alignment
+from lineament.weights.bricks import Brick, Bricks, bricks_of, rank_one_edit, with_expert
 from lineament.weights.continual import (
     CONTINUAL,
     Lesson,
@@ -71,6 +75,8 @@ __all__ = [
     "CONTINUAL",
     "METHODS",
     "Alignment",
+    "Brick",
+    "Bricks",
     "Compared",
     "Element",
     "Family",
@@ -94,6 +100,7 @@ __all__ = [
     "average",
     "backward_transfer",
     "bent",
+    "bricks_of",
     "classifiers",
     "compared",
     "continual",
@@ -118,6 +125,7 @@ __all__ = [
     "path",
     "plane",
     "prediction_loss",
+    "rank_one_edit",
     "repair",
     "replay_loss",
     "reset_batch_norm",
@@ -127,4 +135,5 @@ __all__ = [
     "straight_through",
     "symmetry",
     "trained",
+    "with_expert",
 ]

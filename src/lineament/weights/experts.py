@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lineament import train
 from lineament._base.errors import InputError, unknown
 from lineament._base.seeds import generator, seeded
-from lineament.nn import Experts, ExpertsConfig
+from lineament.nn import Experts, ExpertsConfig, SelectiveConfig, SelectiveMLP
 
 PARTITIONS = ("weights", "together", "random")
 FLOWS = 4  # rounds of balanced assignment at most; each solves one assignment problem of F x F
@@ -273,10 +273,10 @@ def split_model(
             the routers from. count: experts of a layer. layers: which; None for all.
 
     Returns:
-        A model as `models.with_experts` makes it (set what is active by `models.set_active_`), and a row per layer with
+        A model as `models.with_mlps` makes it (set what is active by `models.set_active_`), and a row per layer with
         what its router captures.
     """
-    from lineament.models import with_experts
+    from lineament.models import with_mlps
 
     chosen = range(model.config.num_hidden_layers) if layers is None else layers
     names = {layer: f"model.layers.{layer}.mlp" for layer in chosen}
@@ -287,7 +287,48 @@ def split_model(
         tokens = seen.pop(name)
         made[layer] = split(model.get_submodule(name), count, by=by, inputs=tokens, seed=seed)
         rows.append({"layer": layer, **learn_router(made[layer], tokens, epochs=epochs, seed=seed)})
-    return with_experts(model, made), rows
+    return with_mlps(model, made), rows
+
+
+@torch.no_grad()
+def selective(mlp: nn.Module, inputs: Tensor, share: float, *, by: str = "gate") -> SelectiveMLP:
+    """Return a gated feed-forward layer as one that reads only the neurons that speak.
+
+    Args:
+        mlp: `gate_proj`, `up_proj`, `down_proj` without biases. inputs: [N, D] tokens that reach it, to set the
+            threshold by. share: of the neurons that shall stay silent; 0 computes the same as before.
+        by: see `nn.SelectiveConfig`.
+
+    Raises:
+        InputError: another kind of layer.
+    """
+    parts = Parts(mlp)
+    if parts.gate is None or parts.down.bias is not None or parts.up.bias is not None:
+        raise InputError("only gated layers without biases can read by their gate (gate_proj, up_proj, down_proj)")
+    whole = parts.up.weight
+    config = SelectiveConfig(width=whole.shape[1], hidden=len(whole), act=str(parts.act), by=by)
+    layer = SelectiveMLP(config).to(whole)
+    layer.gate_proj.weight.copy_(parts.gate.weight)
+    layer.up.copy_(whole)
+    layer.down.copy_(parts.down.weight.T)
+    layer.calibrate_(inputs, share)
+    return layer.train(mlp.training)
+
+
+@torch.no_grad()
+def selective_model(model: Any, windows: Tensor, share: float, *, by: str = "gate") -> Any:
+    """Return a decoder whose feed-forward layers read only the neurons that speak.
+
+    Args:
+        windows: int64 [N, T] of text to set the thresholds by. share: of the neurons of every layer that stay silent.
+        by: see `nn.SelectiveConfig`.
+    """
+    from lineament.models import with_mlps
+
+    names = [f"model.layers.{layer}.mlp" for layer in range(model.config.num_hidden_layers)]
+    seen = layer_inputs(model, names, windows)
+    made = {i: selective(model.get_submodule(n), seen.pop(n), share, by=by) for i, n in enumerate(names)}
+    return with_mlps(model, made)
 
 
 def use_oracle_(model: nn.Module, oracle: bool = True) -> nn.Module:

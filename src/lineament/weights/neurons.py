@@ -237,3 +237,19 @@ def damage(
         with without(model, top(scores, f, share)):
             found[f] = {g: score(model, own, loss)["loss"][0] - whole[g] for g, own in batches.items()}
     return found
+
+
+def quiet_loss(loss: Loss, where: Where, weight: float) -> Loss:
+    """Return a loss with `weight` times the summed |a| of a token's neurons added: training then leaves few speaking.
+
+    Args:
+        loss: (model, batch) -> (scalar, numbers). where: output maps. weight: of the mean over tokens of that sum.
+    """
+
+    def run(model: Any, batch: Any) -> tuple[Tensor, Mapping[str, float]]:
+        with capture(model, where, inputs=True, outputs=False, detach=False) as seen:
+            value, numbers = loss(model, batch)
+        held = [seen.inputs(name)[0][0][0] for name in seen]
+        return value + weight * sum(a.abs().sum(-1).mean() for a in held), numbers
+
+    return run
