@@ -11,8 +11,9 @@ from lineament import weights
 from lineament._base.errors import InputError
 from lineament._base.seeds import generator, seeded
 from lineament.graph import swapped
-from lineament.models import residual_classifier, tiny_teacher
+from lineament.models import residual_classifier, tiny_teacher, widen
 from lineament.nn import Residual
+from lineament.weights import shallow
 
 IDS = torch.arange(1, 13)[None]
 
@@ -164,3 +165,45 @@ def test_over_determination_counts_samples_outputs_and_parameters():
     assert weights.over_determination(100, 10, nn.Linear(9, 10)) == 10.0
     with pytest.raises(InputError, match="at least one layer"):
         weights.orders([], inputs())
+
+
+def test_the_cheapest_groups_are_those_of_a_full_search():
+    costs = {(i, i + 1): cost for i, cost in enumerate([0.3, 0.1, 0.25, 0.2, 0.05, 0.4])}
+    for count in (1, 2, 3):
+        every = [
+            picked for picked in itertools.combinations(costs, count)
+            if len({layer for pair in picked for layer in pair}) == 2 * count
+        ]  # fmt: skip
+        best = min(every, key=lambda picked: sum(costs[pair] for pair in picked))
+        assert shallow.cheapest(costs, count) == list(best)
+    with pytest.raises(InputError, match="no 4 groups"):
+        shallow.cheapest(costs, 4)
+
+
+@torch.no_grad()
+def test_the_cost_of_a_pair_is_the_loss_it_adds():
+    model = tiny_teacher("llama")
+    windows = torch.randint(1, 60, (5, 16), generator=generator(0))
+    costs = shallow.pair_costs(model, windows, [(0, 1), (1, 2)])
+    for pair, cost in costs.items():
+        losses = [float(each(windows, labels=windows).loss) for each in (widen(model, [pair]), model)]
+        assert cost == pytest.approx(losses[0] - losses[1], abs=1e-5)
+
+
+def test_tuning_brings_a_wide_model_nearer_and_moves_its_wide_layers_only():
+    model = tiny_teacher("llama").requires_grad_(False)
+    wide = widen(model, [(1, 2)])
+    ids = torch.randint(1, 60, (8, 16), generator=generator(0))
+    before = {name: p.clone() for name, p in wide.named_parameters()}
+
+    @torch.no_grad()
+    def distance():
+        p, q = (each(ids).logits.log_softmax(-1) for each in (model, wide))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    far = distance()
+    shallow.distilled(wide, model, lambda step: ids, steps=30, lr=3e-3)
+    assert distance() < 0.9 * far
+    moved = {name for name, p in wide.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all(name.startswith("model.layers.1.") for name in moved)

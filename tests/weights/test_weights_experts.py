@@ -111,3 +111,22 @@ def test_an_oracle_captures_everything():
 def test_what_does_not_fit_is_named(call, said):
     with pytest.raises(InputError, match=said):
         call()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["gate", "product"])
+def test_a_decoder_that_skips_nothing_computes_the_same_and_skips_its_share_else(by):
+    model, ids = tiny_teacher("llama"), torch.randint(1, 60, (6, 20), generator=generator(0))
+    same = experts.selective_model(model, ids, 0.0, by=by)
+    torch.testing.assert_close(same(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    half = experts.selective_model(model, ids, 0.5, by=by)
+    whole = half(ids[:1], use_cache=False).logits
+    assert not torch.allclose(whole, model(ids[:1]).logits, atol=1e-3)
+    first = half(ids[:1, :-1], use_cache=True)  # the last token alone reads some rows, and says the same
+    last = half(ids[:1, -1:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_only_gated_layers_without_biases_skip():
+    with pytest.raises(InputError, match="only gated layers"):
+        experts.selective(mlp(), tokens(), 0.5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,3 +220,76 @@ def parallel_error(model: nn.Module, layers: Sequence[str], groups: Any, *args: 
 def over_determination(samples: int, outputs: int, model: nn.Module) -> float:
     """Return Q = K M / P (samples, outputs, parameters); below 1 a model can memorise its training set."""
     return samples * outputs / sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def pair_costs(model: nn.Module, windows: Tensor, pairs: Sequence[Sequence[int]]) -> dict[tuple[int, ...], float]:
+    """Measure what each group of a decoder's layers costs when it runs side by side, all else as it is.
+
+    Args:
+        model: a causal language model of `models.rebuilt.FAMILIES`. windows: int64 [N, T]. pairs: the groups.
+
+    Returns:
+        Group -> mean loss added, nats per token.
+    """
+    from lineament.models import widen
+    from lineament.tasks import perplexity
+
+    whole = perplexity(model, windows, batch_size=4).nll
+    return {tuple(p): perplexity(widen(model, [p]), windows, batch_size=4).nll - whole for p in pairs}
+
+
+def cheapest(costs: Mapping[tuple[int, ...], float], count: int) -> list[tuple[int, ...]]:
+    """Choose so many groups without a common layer whose summed cost is least.
+
+    Raises:
+        InputError: there are not so many.
+
+    Example:
+        >>> cheapest({(0, 1): 0.3, (1, 2): 0.1, (2, 3): 0.3, (3, 4): 0.15}, 2)
+        [(1, 2), (3, 4)]
+    """
+    best: dict[int, tuple[float, list[tuple[int, ...]]]] = {0: (0.0, [])}
+    ends: list[tuple[int, dict[int, tuple[float, list[tuple[int, ...]]]]]] = [(-1, best)]
+    for group in sorted(costs, key=lambda g: g[-1]):
+        before = next(table for last, table in reversed(ends) if last < group[0])
+        new = dict(ends[-1][1])
+        for taken, (cost, chosen) in before.items():
+            if taken + 1 not in new or cost + costs[group] < new[taken + 1][0]:
+                new[taken + 1] = cost + costs[group], [*chosen, group]
+        ends.append((group[-1], new))
+    if count not in ends[-1][1]:
+        raise InputError(f"there are no {count} groups without a common layer among {len(costs)}")
+    return ends[-1][1][count][1]
+
+
+def distilled(
+    wide: nn.Module, teacher: nn.Module, batches: Callable[[int], Tensor], *, steps: int, lr: float = 3e-4,
+    out: Any = None, seed: int = 0,
+) -> nn.Module:  # fmt: skip
+    """Tune the wide layers of a model towards what the model it came from predicts; in place.
+
+    The loss is the Kullback-Leibler divergence of the predictions, so nothing is learned about the text itself. Other
+    layers stay as they are.
+
+    Args:
+        wide: from `models.widen`. batches: step -> int64 [B, T]. out: folder for a checkpoint to go on from.
+    """
+    from lineament import train
+
+    config: Any = wide.config
+    widths = (getattr(config, "rebuilt", None) or {}).get("widths", [])
+    wide.requires_grad_(False)
+    for at, width in enumerate(widths):
+        if width > 1:
+            wide.get_submodule(f"model.layers.{at}").requires_grad_(True)
+
+    def loss(model: Any, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            truth = teacher(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        ours = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        return nn.functional.kl_div(ours.flatten(0, 1), truth.flatten(0, 1), log_target=True, reduction="batchmean"), {}
+
+    settings = train.FitConfig(steps=steps, lr=lr, warmup=min(5, steps), seed=seed, checkpoint_every=20)
+    train.fit(wide, batches, loss, settings, out=out, description="tune")
+    return wide.requires_grad_(True).eval()
