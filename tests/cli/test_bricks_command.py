@@ -28,6 +28,7 @@ def options(folder, *more):
     return ["bricks", str(folder / "model"), *texts, "--tokens", "512", "--json", *more]
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_and_the_chosen_one_is_an_ordinary_folder(folder, tmp_path, capsys):
     out, html = tmp_path / "sparse", tmp_path / "bricks.html"
     assert run(options(folder, "--most", "1.5", "-o", str(out), "--html", str(html))) == 0
@@ -46,6 +47,7 @@ def test_a_model_is_measured_and_the_chosen_one_is_an_ordinary_folder(folder, tm
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_exit_code_says_that_nothing_is_within_the_limit(folder, capsys):
     assert run(options(folder, "--most", "1.0000001", "--no-speed", "--by", "gate")) in (0, 1)
     told = json.loads(capsys.readouterr().out)
