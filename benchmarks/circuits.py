@@ -1,6 +1,6 @@
 """Estimates of patching on the embedded model: how many prompts it solves, and correlation with patching beside cost.
 
-    python benchmarks/circuits.py --prompts 8 --head-prompts 2 --steps 3
+python benchmarks/circuits.py --prompts 8 --head-prompts 2 --steps 3
 """
 
 import argparse

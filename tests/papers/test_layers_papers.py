@@ -6,7 +6,7 @@ from lineament import papers
 from lineament._base.extras import available
 
 pytestmark = pytest.mark.skipif(not available("sklearn"), reason="digits and photographs come with scikit-learn")
-SLUGS = ["i-lora", "hourglass-mlp", "g2gnet"]
+SLUGS = ["i-lora", "hourglass-mlp", "g2gnet", "projection-head"]
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@
 - `Terminator(TerminatorConfig(...))`, `TERMINATOR_CIFAR`: classifiers of images and sequences by hyper-kernels.
 - `widen(model, groups)`: neighbouring layers as one wide layer; `with_mlps(model, {layer: Experts})`, `experts_of`,
   `set_active_`: other feed-forward layers. Ordinary folders both.
-- `dense_classifier(sizes)`, `masked_classifier(sizes, groups)`, `residual_classifier(...)`, `ResidualClassifier()`:
-  small nets on images, to study weights.
+- `deep_linear(sizes)`, `dense_classifier(sizes)`, `masked_classifier(sizes, groups)`, `residual_classifier(...)`,
+  `ResidualClassifier()`: small nets to study.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
@@ -36,6 +36,7 @@ from lineament.models.adapters import ADAPTERS, Adapter, adapter_for, attentions
 from lineament.models.cache import StudentCache
 from lineament.models.classifiers import (
     ResidualClassifier,
+    deep_linear,
     dense_classifier,
     masked_classifier,
     residual_classifier,
@@ -93,6 +94,7 @@ __all__ = [
     "cache_nbytes",
     "config_for",
     "decoder_config",
+    "deep_linear",
     "dense_classifier",
     "encoder_mixers",
     "experts_of",

@@ -1,4 +1,4 @@
-"""Small image classifiers to study weight space on: an MLP, plain or masked, and a ResNet of the size of ResNet20."""
+"""Small nets to study on: deep linear ones, an MLP, plain or masked, and a ResNet of the size of ResNet20."""
 
 import itertools
 from collections.abc import Sequence
@@ -61,6 +61,26 @@ def masked_classifier(sizes: Sequence[int], groups: int, *, seed: int = 0, **mas
         how: dict[str, Any] = {"groups": 1} if i in (0, last) else {"groups": groups, "seed": seed + i, **mask}
         layers += [MaskedLinear(group_mask(outward, inward, **how)), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def deep_linear(sizes: Sequence[int], *, scale: float = 1e-2, balanced: bool = False) -> nn.Sequential:
+    """Return linear layers without biases or anything between them, small at the start.
+
+    Args:
+        scale: standard deviation of the entries; of a balanced net, all singular values.
+        balanced: start with `W_{l+1}^T W_{l+1} = W_l W_l^T`, which gradient flow keeps.
+
+    Example:
+        >>> deep_linear((6, 16, 8))(torch.zeros(2, 6)).shape
+        torch.Size([2, 8])
+    """
+    net = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(sizes)))
+    bases = [torch.linalg.qr(torch.randn(n, n)).Q[:, : min(sizes)] for n in sizes]
+    with torch.no_grad():
+        for layer, (inward, outward) in zip(net, itertools.pairwise(bases), strict=True):
+            weight = layer.get_parameter("weight")
+            weight.copy_(scale * outward @ inward.T if balanced else scale * torch.randn_like(weight))
+    return net
 
 
 class ResidualBlock(nn.Module):

@@ -18,6 +18,7 @@
   `SelectiveMLP(SelectiveConfig(...))`: a gated one that reads only the neurons its gate lets speak.
 - `MaskedLinear(group_mask(...))`, `MaskedConv2d`: sparse layers of groups; `PackedLinear` runs them as tiles; `with
   rewired(model, Rewiring(...))` moves their edges in training.
+- `projection_head(kind, width)`, `HEADS`, `ReweightingHead`: what stands between an encoder and a contrastive loss.
 - `quiet_log_scale`: where a far part starts unheard.
 """
 
@@ -35,6 +36,7 @@ from lineament.nn.layers import LAYERS, published
 from lineament.nn.lightnet import cosines, global_field
 from lineament.nn.masked import GroupMask, MaskedConv2d, MaskedLinear, PackedLinear, between_for, group_mask
 from lineament.nn.mixer import Mixer, MixerCache, Slots
+from lineament.nn.projection import HEADS, ReweightingHead, projection_head
 from lineament.nn.residual import Fused, Residual, SideBySide, Through, fuse
 from lineament.nn.residual_mlp import ResidualMLP, ResidualMLPConfig, hadamard, matched
 from lineament.nn.rewiring import GROWTHS, Rewiring, rewired
@@ -52,6 +54,7 @@ __all__ = [
     "BUILDERS",
     "FEATURE_MAPS",
     "GROWTHS",
+    "HEADS",
     "LAYERS",
     "PUBLISHED",
     "ByBatch",
@@ -84,6 +87,7 @@ __all__ = [
     "Residual",
     "ResidualMLP",
     "ResidualMLPConfig",
+    "ReweightingHead",
     "Rewiring",
     "Router",
     "Rows",
@@ -109,6 +113,7 @@ __all__ = [
     "group_mask",
     "hadamard",
     "matched",
+    "projection_head",
     "published",
     "quiet_log_scale",
     "rewired",

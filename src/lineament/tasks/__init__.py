@@ -2,6 +2,17 @@
 
 from lineament.tasks.agreement import Agreement, agreement
 from lineament.tasks.characters import Characters, characters, learn_characters
+from lineament.tasks.contrast import (
+    LinearFeatures,
+    feature_weights,
+    info_nce,
+    pair_loss,
+    population_loss,
+    shifted_views,
+    spectral_loss,
+    spurious_corner,
+    supervised_contrastive,
+)
 from lineament.tasks.cost import (
     Speed,
     cache_bytes,
@@ -24,6 +35,7 @@ from lineament.tasks.perplexity import (
     perplexity_by_length,
 )
 from lineament.tasks.predictions import token_nll
+from lineament.tasks.probes import PROBES, effective_rank, knn_probe, probe_depths, ridge_probe, sensitivity
 from lineament.tasks.recall import RECALLS, Recall, recall_loss, score_recall
 from lineament.tasks.restore import class_means, lowered, nearest_prototype, noisy, psnr, restoration_loss
 from lineament.tasks.retrieval import (
@@ -42,6 +54,7 @@ from lineament.tasks.templates import KINDS, SETS
 __all__ = [
     "FACTS",
     "KINDS",
+    "PROBES",
     "RECALLS",
     "SETS",
     "Agreement",
@@ -49,6 +62,7 @@ __all__ = [
     "Characters",
     "ContextGain",
     "Haystack",
+    "LinearFeatures",
     "Perplexity",
     "Prompt",
     "Prompts",
@@ -62,10 +76,14 @@ __all__ = [
     "class_means",
     "context_gain",
     "decode_speed",
+    "effective_rank",
+    "feature_weights",
     "filled_cache",
     "gain_kept",
     "in_turn",
+    "info_nce",
     "is_student",
+    "knn_probe",
     "learn_characters",
     "lowered",
     "make_bodies",
@@ -75,17 +93,26 @@ __all__ = [
     "match3_by_hand",
     "nearest_prototype",
     "noisy",
+    "pair_loss",
     "paired_points",
     "peak_memory",
     "perplexity",
     "perplexity_by_length",
+    "population_loss",
     "prefill_speed",
+    "probe_depths",
     "psnr",
     "recall_loss",
     "restoration_loss",
+    "ridge_probe",
     "score",
     "score_bodies",
     "score_recall",
+    "sensitivity",
+    "shifted_views",
+    "spectral_loss",
+    "spurious_corner",
+    "supervised_contrastive",
     "token_nll",
     "train_examples",
 ]
