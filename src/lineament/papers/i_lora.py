@@ -42,7 +42,7 @@ RECORD = Paper(
     related=("lmc-landscape", "atlas", "rws"),
 )
 
-SCALES = {"smoke": (1, 2), "small": (4, 25), "full": (20, 25)}  # seeds; epochs of a task
+SCALES = {"smoke": (1, 2, 5), "small": (4, 25, 3), "full": (20, 25, 5)}  # seeds; epochs of a task; arms
 SEED, SIZES, WARM, BATCH, MEMORY = 4100, (64, 128, 128, 10), 300, 90, 100
 DOMAINS: dict[str, Any] = {
     "upright": lambda x: x, "quarter turn": lambda x: x.rot90(1, (2, 3)), "mirror": lambda x: x.flip(3),
@@ -68,15 +68,16 @@ def experiment(scale: str = "small") -> Any:
 
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
-    began, (count, epochs) = time.perf_counter(), SCALES[scale]
-    runs = [_run(SEED + i, epochs) for i in range(count)]
+    began, (count, epochs, arms) = time.perf_counter(), SCALES[scale]
+    runs = [_run(SEED + i, epochs, arms) for i in range(count)]
     names = [name for name in runs[0] if name != "line"]
     final = {name: [run[name][0] for run in runs] for name in names}
     rows: list[dict[str, Any]] = [
         {"arm": name, "accuracy": _mean(final[name]), "forgetting": _mean([run[name][1] for run in runs]),
          "seeds": final[name]} for name in names
     ]  # fmt: skip
-    for pair in (("I-LoRA, slow", "replay, fast"), ("I-LoRA, memory 20, slow", "replay, memory 20, fast")):
+    pairs = [(f"I-LoRA{size}, slow", f"replay{size}, fast") for size in ("", ", memory 20")]
+    for pair in pairs[: arms // 2]:
         gains = [a - b for a, b in zip(*(final[name] for name in pair), strict=True)]
         low, high = _interval(gains)
         rows.append({"arm": f"{pair[0]} over {pair[1]}", "accuracy": _mean(gains), "seeds": gains,
@@ -109,7 +110,7 @@ def _interval(values: list[float]) -> tuple[float, float]:
     return _mean(values) - half, _mean(values) + half
 
 
-def _run(seed: int, epochs: int) -> dict[str, Any]:
+def _run(seed: int, epochs: int, arms: int) -> dict[str, Any]:
     import copy
     from functools import partial
 
@@ -129,7 +130,7 @@ def _run(seed: int, epochs: int) -> dict[str, Any]:
     steps = epochs * (len(lessons[0]) // BATCH)
     config = train.FitConfig(steps=steps, lr=5e-3, schedule="constant", seed=seed, log_every=steps)
     found: dict[str, Any] = {}
-    for arm, (method, memory, decay) in ARMS.items():
+    for arm, (method, memory, decay) in list(ARMS.items())[:arms]:
         with seeded(seed):
             lora = LoraConfig(r=4, lora_alpha=16, target_modules=["1", "3", "5"])
             learner = weights.FastSlow(copy.deepcopy(base), lora, decay=decay)

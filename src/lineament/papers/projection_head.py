@@ -36,7 +36,7 @@ RECORD = Paper(
 )  # fmt: skip
 
 SCALES = {  # steps of the law, of the probe's net; label draws; seeds on digits, steps of these
-    "smoke": (30, 20, 2, 1, 5), "small": (8000, 2000, 20, 5, 600), "full": (60_000, 6000, 100, 20, 3000),
+    "smoke": (30, 20, 2, 1, 5), "small": (6000, 1500, 20, 3, 400), "full": (60_000, 6000, 100, 20, 3000),
 }  # fmt: skip
 SEED, STRENGTHS = 7400, (0.9, 0.7, 0.5, 0.3, 0.2, 0.1)
 CASES = {"label's weight far below the others": (0.25, 4.0), "label's weight the largest": (4.0, 0.0)}  # noise, label's
