@@ -125,7 +125,7 @@ class Bricks(Mapping[str, Brick]):
         best = near.topk(top, -1)
         return chosen, torch.zeros_like(near).scatter(-1, best.indices, (best.values / temperature).softmax(-1))
 
-    def merge(self, names: Sequence[str], method: str = "linear", *, name: str, **options: Any) -> Brick:
+    def merge(self, names: Sequence[str], method: str = "average", *, name: str, **options: Any) -> Brick:
         """Make one brick of several: a row of `weights.METHODS` on their tensors; LoRAs are merged as products B A.
 
         Raises:
