@@ -74,8 +74,8 @@ def blind_spots(
         classifier: images in [0, 1] -> logits, in eval mode.
         sources, targets: [B, C, Y, X] in [0, 1]. labels: the sources' classes; the likeliest if None.
         steps, rate, parallel, tolerance: m, eta, epsilon, delta.
-        slope: g of the cross-"loss" (which vanishes where the classifier is sure), or of the logit "margin" (the same
-            level sets).
+        slope: g of the cross-"loss" (which vanishes where the classifier is sure), or of the logit "margin": the same
+            level sets, but its g is large; take parallel = 0 with it.
         stop: "reject" leaves out single steps, as the authors' program does; "first" ends at the first, as the paper.
         jitter: the largest random change of a pixel that the walk begins with. seed: of it.
 
