@@ -7,6 +7,7 @@ import torch
 from tiny_families import ids, make
 
 from lineament import explain
+from lineament.explain.places import aliased, values_at
 from lineament.explain.wiring import rewired, wiring, without
 
 FAMILIES = ["llama", "gpt2", "gpt-neox", "gemma2", "qwen3"]
@@ -232,3 +233,31 @@ def test_a_model_comes_back_as_it_was(method, error):
         except (RuntimeError, KeyboardInterrupt):
             assert error
         assert state(model) == before
+
+
+def test_cells_that_hold_the_same_in_both_runs_are_not_run():
+    model, clean, _ = pair()
+    corrupt = {"input_ids": clean["input_ids"].clone()}
+    corrupt["input_ids"][:, 3] = 7
+    rows = []
+
+    def metric(output):
+        rows.append(len(output.logits))
+        return difference(output)
+
+    found = explain.effects(model, clean, corrupt, metric, "blocks.0.hook_resid_post", method="patch").scores
+    assert sum(rows) == 2 + 2 * 2  # the corrupt run, and two positions of two rows
+    assert bool((found["model.layers.0"][:, :3] == 0).all())
+    assert bool((found["model.layers.0"][:, 3:] != 0).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_transformerlens_mean_places_of_the_right_width(family):
+    model, inputs, _ = pair(family)
+    split = {"hook_q": 32, "hook_v": 16} if family in ("llama", "gemma2", "qwen3") else {}
+    neurons = 128 if family == "gpt2" else 48
+    names = {"hook_embed": 32, "blocks.1.hook_resid_mid": 32, "blocks.1.mlp.hook_post": neurons}
+    names |= {"blocks.1.attn.hook_z": 32} | {f"blocks.1.attn.{name}": width for name, width in split.items()}
+    for name, width in names.items():
+        (found,) = values_at(model, inputs, [aliased(model, name)]).values()
+        assert found.shape == (2, 5, width), name
