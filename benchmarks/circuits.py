@@ -24,6 +24,10 @@ def main() -> None:
     parser.add_argument("--head-prompts", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="of integrated gradients")
     parser.add_argument("--kinds", nargs="*", default=["residual", "mlp", "attention", "head"])
+    parser.add_argument("--methods", nargs="*", default=["attribution", "relp", "integrated-gradients"])
+    parser.add_argument(
+        "--positions", nargs="*", type=int, help="the places looked at, all if left out; -1 is the last"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_teacher(given.model)
@@ -37,8 +41,13 @@ def main() -> None:
         rows = chosen[: given.head_prompts if kind == "head" else given.prompts]
         clean, corrupt, metric = batch(encoded.rows(rows))
         share = metric.between(model, clean, corrupt)
-        options = {"steps": given.steps, "rows": 48, "said": lambda text: print(text, flush=True)}
-        found = agreement(model, clean, corrupt, share, kinds=[kind], **options)[0]
+        options = {
+            "steps": given.steps,
+            "rows": 48,
+            "positions": given.positions,
+            "said": lambda x: print(x, flush=True),
+        }
+        found = agreement(model, clean, corrupt, share, kinds=[kind], methods=given.methods, **options)[0]
         print(json.dumps(found | {"prompts": len(rows), "tokens": int(length) + 1}), flush=True)
 
 
