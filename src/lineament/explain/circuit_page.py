@@ -163,10 +163,10 @@ def circuit_of(
     given = batch(encoded.rows(chosen[:count]))
     found = circuit(net, *given, faithful=faithful, rows=rows, said=said, **options)
     others = evaluate_circuit(net, *batch(encoded.rows(chosen[count:])), found, rows=rows) if chosen[count:] else None
-    rows = compared(net, encoded.rows(chosen[:compare_prompts]), compare, said) if compare else []
+    beside = compared(net, encoded.rows(chosen[:compare_prompts]), compare, said) if compare else []
     return CircuitReport(
         model=model, task=Path(task).stem, example=pairs[chosen[0]], solved=len(chosen), asked=len(pairs),
-        first=int(first.sum()), circuit=found, held_out=others, agreement=rows,
+        first=int(first.sum()), circuit=found, held_out=others, agreement=beside,
         wanted=0.0 if options.get("size") else faithful,
     )  # fmt: skip
 
