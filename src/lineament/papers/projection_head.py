@@ -89,7 +89,7 @@ def _law(steps: int) -> tuple[list[dict[str, Any]], float, int]:
     c = torch.tensor(STRENGTHS)
     features = tasks.LinearFeatures(torch.eye(6), c, 1 - c)
     with seeded(SEED):
-        net = models.deep_linear((6, 16, 8), scale=0.01)
+        net = models.deep_linear((6, 16, 8), scale=0.1, balanced=True)
     _descend(net, tasks.population_loss(features), steps, lr=0.05)
     before, after = tasks.feature_weights(net, features.directions)
     there = after > features.weights / 2
@@ -109,7 +109,7 @@ def _probe(case: str, steps: int, draws: int) -> dict[str, Any]:
     noise = torch.tensor([CASES[case][1]] + [CASES[case][0]] * 19)
     features = tasks.LinearFeatures.random(40, torch.ones(20), noise, seed=SEED)
     with seeded(SEED):
-        net = models.deep_linear((40, 40, 20), scale=0.01)
+        net = models.deep_linear((40, 40, 20), scale=0.1, balanced=True)
     _descend(net, tasks.population_loss(features), steps, lr=0.02)
     row: dict[str, Any] = {"case": case, "label": float(features.weights[0]), "others": float(features.weights[1])}
     drawn = [[features.draw(n, seed=2 * i + j) for j, n in enumerate((40, 1000))] for i in range(draws)]
