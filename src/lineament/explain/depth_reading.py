@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lineament import data
 from lineament._base.errors import InputError
 from lineament.explain.depth import Depth, Progress, depth, layer_maps
@@ -146,7 +144,7 @@ def read_depth(
     return Read(model=model, found=found)
 
 
-def _maps(net: nn.Module, tokenizer: Any, to: str, docs: Sequence[str], tokens: int) -> dict[str, Any]:
+def _maps(net: Any, tokenizer: Any, to: str, docs: Sequence[str], tokens: int) -> dict[str, Any]:
     other, theirs = load_teacher(to)
     if tokenizer.get_vocab() != theirs.get_vocab():
         raise InputError(f"{to} has another tokenizer; linear maps need the same tokens")

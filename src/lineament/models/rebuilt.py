@@ -67,7 +67,8 @@ def widen(model: nn.Module, groups: Sequence[Sequence[int]]) -> Any:
     new.model.layers = nn.ModuleList(
         old[run[0]] if len(run) == 1 else _joined([old[i] for i in run], new.config, at) for at, run in enumerate(runs)
     )
-    for at, layer in enumerate(new.model.layers):
+    for at, own in enumerate(new.model.layers):
+        layer: Any = own
         layer.self_attn.layer_idx = at
     return new
 

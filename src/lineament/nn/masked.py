@@ -200,6 +200,11 @@ class PackedLinear(nn.Module):
         True
     """
 
+    real: Tensor
+    index: Tensor
+    place: Tensor
+    rest: Tensor | None
+
     def __init__(self, layer: MaskedLinear) -> None:
         super().__init__()
         weight, mask, group = layer.masked_weight().detach(), layer.mask, layer.output_groups

@@ -24,6 +24,8 @@ class ReweightingHead(nn.Module):
         [[1.0, 0.10000000149011612, 0.009999999776482582]]
     """
 
+    scale: Tensor
+
     def __init__(self, width: int, *, ratio: float = 100.0) -> None:
         super().__init__()
         if width < 1 or ratio < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +148,8 @@ class ResidualMLP(nn.Module):
         (torch.Size([3, 4]), True)
     """
 
+    folded: Tensor | None
+
     def __init__(self, config: ResidualMLPConfig, *, zero: bool = False) -> None:
         super().__init__()
         self.config = config
@@ -161,7 +164,8 @@ class ResidualMLP(nn.Module):
         if x.shape[-1] != self.config.inputs:
             raise InputError(f"x is {x.shape[-1]} wide; this net takes {self.config.inputs}")
         z = self.lift(x)
-        for i, block in enumerate(self.blocks):
+        for i, one in enumerate(self.blocks):
+            block: Any = one
             inside = linear(x, self.folded, block.up.bias) if i == 0 and self.folded is not None else None
             z = z + block(z, inside)
         return self.out(z)
@@ -179,7 +183,9 @@ class ResidualMLP(nn.Module):
             raise InputError(
                 f"norm is {self.config.norm!r}, lift {self.config.lift!r}; folding needs norm 'none' and a dense lift"
             )
-        self.folded = self.blocks[0].up.weight @ self.lift.weight
+        first: Any = self.blocks[0]
+        lift: Any = self.lift
+        self.folded = first.up.weight @ lift.weight
 
     def unfold_(self) -> None:
         """Undo `fold_`."""
@@ -205,6 +211,8 @@ class _Block(nn.Module):
 class FixedLift(nn.Module):
     """x -> W x with W [d_z, d_x] of N(0, 1/d_x) drawn from a seed: E |Wx|^2 = (d_z / d_x) |x|^2."""
 
+    weight: Tensor
+
     def __init__(self, inputs: int, skip: int, seed: int) -> None:
         super().__init__()
         drawn = torch.randn(skip, inputs, generator=generator(seed), dtype=torch.float32)
@@ -219,6 +227,9 @@ class HadamardLift(nn.Module):
 
     Over the signs every coordinate has mean square |x|^2 / d_x, as of the Gaussian lift.
     """
+
+    signs: Tensor
+    rows: Tensor
 
     def __init__(self, inputs: int, skip: int, seed: int) -> None:
         super().__init__()

@@ -74,6 +74,11 @@ class Rewiring:
 class _Coactivity(nn.Module):
     """Running averages of a layer's input x and activated output y, of their squares and of their products."""
 
+    x: Tensor
+    y: Tensor
+    yx: Tensor
+    batches: Tensor
+
     def __init__(self, layer: MaskedLinear, momentum: float) -> None:
         super().__init__()
         (outputs, inputs), self.momentum = layer.mask.shape, momentum
@@ -119,7 +124,9 @@ def rewired(model: nn.Module, rule: Rewiring, *, activation: Any = torch.relu) -
     Raises:
         InputError: the model has no masked layer.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)
+    }
     if not layers:
         raise InputError(f"this {type(model).__name__} has no MaskedLinear layer to rewire")
     log: list[dict[str, Any]] = []
@@ -144,7 +151,7 @@ def rewired(model: nn.Module, rule: Rewiring, *, activation: Any = torch.relu) -
 
 
 @contextmanager
-def _knowing(layer: MaskedLinear, rule: Rewiring, activation: Any) -> Iterator[None]:
+def _knowing(layer: Any, rule: Rewiring, activation: Any) -> Iterator[None]:
     """Give a layer, for a while, what its rewiring has to know; buffers, so that checkpoints hold it."""
 
     def watch(module: Any, inputs: Any) -> None:
@@ -195,7 +202,7 @@ def _rewire(layer: MaskedLinear, rule: Rewiring, share: float, optimizer: torch.
     return int(moved.sum()) // 2
 
 
-def _scores(layer: MaskedLinear, rule: Rewiring, seed: int) -> Tensor:
+def _scores(layer: Any, rule: Rewiring, seed: int) -> Tensor:
     if rule.grow == "random":
         return torch.rand(layer.mask.shape, generator=generator(seed)).to(layer.mask.device)
     if rule.grow == "hebbian":

@@ -94,7 +94,8 @@ def _run(seed: int, epochs: int, width: int) -> dict[str, dict[str, float]]:
             moving = nn.rewired(net, rule)
         with moving:
             train.fit(net, data.image_batches(known, BATCH, seed=seed), class_loss, config)
-        middle = net[3].groups()
+        layer: Any = net[3]
+        middle = layer.groups()
         found[arm] = {"accuracy": accuracy(net, unseen.pixels, unseen.labels), "density": middle.density,
                       "inside": middle.inside, "modularity": middle.modularity}  # fmt: skip
     return found

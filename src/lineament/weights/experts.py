@@ -97,7 +97,11 @@ def together(spoken: Tensor, count: int) -> Tensor:
 class Parts:
     """The maps of a feed-forward layer, whatever it is called: gate (or none), up, down, and the activation's name."""
 
-    def __init__(self, mlp: nn.Module) -> None:
+    gate: nn.Linear | None
+    up: nn.Linear
+    down: nn.Linear
+
+    def __init__(self, mlp: Any) -> None:
         if isinstance(mlp, nn.Sequential) and len(mlp) == 3:
             self.gate, self.up, self.down = None, mlp[0], mlp[2]
             self.act = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}.get(type(mlp[1]))
@@ -120,7 +124,7 @@ class Parts:
     @property
     def maps(self) -> list[nn.Linear]:
         """The maps into the units, the gate first."""
-        return [self.up] if self.gate is None else [self.gate, self.up]  # type: ignore[list-item]
+        return [self.up] if self.gate is None else [self.gate, self.up]
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def orders(layers: Sequence[Layer], x: Tensor, *, most: int = 2) -> Orders:
         for layer in layers:
             h = layer(h)
             for k in range(most - 1, 0, -1):
-                _, moved = torch.func.jvp(lambda y, layer=layer: layer(y) - y, (x,), (sums[k - 1],))
+                moved: Any = torch.func.jvp(lambda y, layer=layer: layer(y) - y, (x,), (sums[k - 1],))[1]
                 sums[k] = sums[k] + moved
             sums[0] = sums[0] + (layer(x) - x)
     return Orders((x, *sums), h)
