@@ -42,8 +42,9 @@ class Depth:
         layers, tokens: how many, tokens without position 0.
         written: measure -> {"mean", "q95", "max"} -> a number per layer, see `graph.contributions`; "first" is the mean
             at position 0.
-        future, current, direct: mean, q95, max [skipped][layer] of |c - c'| / |c|: on tokens after the skipped ones, on
-            the skipped ones themselves, and without layers seeing each other's changes. "output": per skipped layer.
+        future, current, direct: mean, q95, max by skipped layer and layer of |c - c'| / |c|: on tokens after the
+            skipped ones, on the skipped ones themselves, and without layers seeing each other's changes. "output": per
+            skipped layer.
         lens: "KL" in nats and "overlap" of the five likeliest, per h_l.
         scores: where the effects lie in depth, by later layers and by the output, also without the first two layers.
         effective_depth: sum over layers of min(1, mean future effect). transition: where |c|/|h| changes; both ours.

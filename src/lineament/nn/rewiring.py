@@ -63,8 +63,8 @@ class Rewiring:
 
         Example:
             >>> rule = Rewiring(every=10, until=100, share=0.2)
-            >>> [round(rule.moved(step), 3) for step in (5, 10, 50, 100)]
-            [0.0, 0.195, 0.1, 0.0]
+            >>> tuple(round(rule.moved(step), 3) for step in (5, 10, 50, 100))
+            (0.0, 0.195, 0.1, 0.0)
         """
         if step % self.every or step < max(1, self.start) or step >= self.until:
             return 0.0
