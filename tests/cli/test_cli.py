@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from lineament.cli import run
+from lineament.papers import records
 
 COMMANDS = [
     "convert",
@@ -64,7 +65,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path
 
 
 def test_a_planned_paper_says_so_with_exit_code_1(capsys):
-    assert run(["reproduce", "i-lora"]) == 1
+    planned = next(one.slug for one in records() if one.status == "planned")
+    assert run(["reproduce", planned]) == 1
     assert "planned" in capsys.readouterr().err
 
 

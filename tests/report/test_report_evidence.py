@@ -88,3 +88,11 @@ def test_columns_can_be_chosen_and_underscores_become_spaces():
     assert "yes" in shown
     assert "c" not in shown
     assert table([]).row_count == 0
+
+
+def test_rows_of_different_kinds_stand_in_tables_of_their_own():
+    rows = [{"arm": "a", "loss": 1.0}, {"arm": "b", "loss": 2.0}, {"rule": "lead", "held": True}]
+    first, second = Evidence(name="a", rows=rows, passed=True).tables()
+    assert [first.row_count, second.row_count] == [2, 1]
+    assert "held" in first.title
+    assert second.title is None

@@ -79,7 +79,7 @@ def reproduce(
     if json:
         print_json(evidence.to_json())
     else:
-        show(evidence.table(), f"threshold: {evidence.threshold}")
+        show(*evidence.tables(), f"threshold: {evidence.threshold}")
         show({True: "held", False: "did not hold", None: "no verdict at this scale"}[evidence.passed])
     if evidence.passed is False:
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import groupby
 from typing import Any
 
 from rich.table import Table
@@ -111,6 +112,11 @@ class Evidence:
     def table(self) -> Table:
         """Lay the rows out for the terminal, the verdict above them."""
         return table(self.rows, title=f"{self.name}: {self.verdict}")
+
+    def tables(self) -> list[Table]:
+        """Lay them out as several tables: rows that follow one another with the same keys share one."""
+        runs = [list(run) for _, run in groupby(self.rows, key=list)]
+        return [table(run, title=None if i else f"{self.name}: {self.verdict}") for i, run in enumerate(runs)]
 
 
 def _plain(value: Any) -> Any:
