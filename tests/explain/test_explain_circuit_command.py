@@ -4,9 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_families import make
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_families import make, saved_decoder, word_tokenizer
 
 from lineament.cli import run
 from lineament.explain.circuit_page import batch, compared, solved
@@ -24,12 +22,9 @@ PROMPTS = [
 
 @pytest.fixture
 def decoder(tmp_path):
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "llama")
-    make("llama")[0].save_pretrained(tmp_path / "llama")
+    folder = saved_decoder(tmp_path, WORDS)
     (tmp_path / "task.json").write_text(json.dumps({"prompts": PROMPTS}))
-    return str(tmp_path / "llama")
+    return folder
 
 
 def test_a_task_file_gives_json_and_page(decoder, tmp_path, capsys):
@@ -72,10 +67,8 @@ def test_mistakes_are_one_line(decoder, tmp_path, capsys):
 
 def test_prompts_of_unequal_lengths_are_read_where_each_ends():
     model = make("llama")[0]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     pairs = [Pair(x["clean"], x["corrupt"], (x["answer"],), (x["distractor"],)) for x in PROMPTS]
-    found = encode(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"), pairs)
+    found = encode(word_tokenizer(WORDS), pairs)
     clean, corrupt, metric = batch(found)
     assert clean["logits_to_keep"].tolist() == [4, 5]
     with torch.no_grad():

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 from PIL import Image
-from tiny_families import make
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+from tiny_families import make, saved_decoder
+from transformers import ViTImageProcessor
 
 from lineament.cli import run
 
@@ -16,11 +15,8 @@ WORDS = ["[UNK]", "the", "capital", "of", "france", "is", "paris"]
 
 @pytest.fixture
 def decoder(tmp_path):
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "llama")
-    make("llama")[0].save_pretrained(tmp_path / "llama")
-    return str(tmp_path / "llama")
+    folder = saved_decoder(tmp_path, WORDS)
+    return folder
 
 
 @pytest.fixture

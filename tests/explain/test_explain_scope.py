@@ -7,11 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from PIL import Image
-from tiny_families import FAMILIES, OWN, VGG, InDouble, ids, image, make
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as kinds
+from tiny_families import FAMILIES, OWN, VGG, InDouble, ids, image, make, saved_decoder
 from torch import nn
-from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import ViTImageProcessor
 
 from lineament import explain, models
 from lineament._base.errors import InputError
@@ -242,11 +240,7 @@ def test_mistakes_are_named():
 @pytest.fixture
 def decoder(tmp_path):
     words = ["[UNK]", "the", "capital", "of", "france", "is", "paris"]
-    tokenizer = Tokenizer(kinds.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "gpt2")
-    make("gpt2")[0].save_pretrained(tmp_path / "gpt2")
-    return str(tmp_path / "gpt2")
+    return saved_decoder(tmp_path, words, "gpt2")
 
 
 def test_the_command_reads_a_text(decoder, capsys, tmp_path):

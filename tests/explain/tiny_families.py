@@ -1,10 +1,14 @@
 """Tiny random models of many architectures, with inputs and what to explain of them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -227,6 +231,20 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Built:
     if dtype == torch.float64 and hasattr(model, "config"):
         model.config._experts_implementation = "eager"  # the grouped product knows no float64
     return model.eval().to(dtype), inputs, target
+
+
+def word_tokenizer(words: list[str]) -> Any:
+    """Make a tokenizer of whole words; the first is for unknown ones."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = Whitespace()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0])
+
+
+def saved_decoder(folder: Path, words: list[str], kind: str = "llama") -> str:
+    """Save a tiny decoder with a tokenizer of whole words; return where."""
+    word_tokenizer(words).save_pretrained(folder / kind)
+    make(kind)[0].save_pretrained(folder / kind)
+    return str(folder / kind)
 
 
 class InDouble(TorchFunctionMode):

@@ -26,9 +26,3 @@ def test_the_signatures_run_and_give_no_verdict():
     rows = {(row["corruption"], row["arm"]): row for row in evidence.rows if "corruption" in row}
     assert len(rows) == 12
     assert all(math.isfinite(row["clean"]) for row in rows.values())
-
-
-@pytest.mark.parametrize("slug", ["atlas", "rws"])
-def test_a_scale_that_is_none_is_named(slug):
-    with pytest.raises(ValueError, match="unknown scale 'smal'"):
-        papers.experiment(slug)("smal")

@@ -17,11 +17,6 @@ def test_the_mechanics_run_and_give_no_verdict():
     assert rows["Hedgehog"]["row KL, nats"] < rows["Hedgehog"]["row KL, nats, untrained"]
 
 
-def test_a_scale_that_is_none_is_named():
-    with pytest.raises(ValueError, match="unknown scale 'smal'"):
-        papers.experiment("hedgehog")("smal")
-
-
 @pytest.mark.slow
 def test_distillation_makes_the_swap_cheaper():
     evidence = papers.experiment("hedgehog")("small")

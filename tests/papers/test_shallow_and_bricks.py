@@ -27,9 +27,3 @@ def test_specialists_and_experts_are_measured_and_no_verdict_is_given():
     dense, sparse = (row for row in evidence.rows if "net" in row)
     assert sparse["active"] < dense["active"]
     assert all(0 <= value <= 1 for key, value in dense.items() if "oracle" in key or "router" in key)
-
-
-@pytest.mark.parametrize("slug", ["shallow-parallel", "configurable-bricks"])
-def test_a_scale_that_is_none_is_named(slug):
-    with pytest.raises(ValueError, match="unknown scale 'smal'"):
-        papers.experiment(slug)("smal")

@@ -28,11 +28,6 @@ def test_the_mechanics_run_and_give_no_verdict():
         assert row["ensemble, NLL"] <= row["one sub-model, NLL"]
 
 
-def test_a_scale_that_is_none_is_named():
-    with pytest.raises(ValueError, match="unknown scale 'smal'"):
-        papers.experiment("ssa")("smal")
-
-
 @pytest.mark.slow
 def test_averaging_sub_models_helps():
     evidence = papers.experiment("ssa")("small")

@@ -16,9 +16,3 @@ def test_the_mechanics_run_and_give_no_verdict(slug):
     assert evidence.passed is None
     assert {row["net"] for row in evidence.rows if "held" not in row} == {"MLP", "ResNet"}
     assert all("found" in row for row in evidence.rows if "held" in row)
-
-
-@pytest.mark.parametrize("slug", ["weight-matching", "lmc-landscape"])
-def test_a_scale_that_is_none_is_named(slug):
-    with pytest.raises(ValueError, match="unknown scale 'smal'"):
-        papers.experiment(slug)("smal")

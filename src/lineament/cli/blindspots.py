@@ -24,13 +24,10 @@ def blindspots(
 
     Example: lineament blindspots ./vit --image cat.jpg --target dog.jpg --html blind.html
     """
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import answer, quiet
     from lineament.explain.blindspots_reading import walk
 
     quiet()
     found = walk(model, image, target, steps=steps, rate=rate, parallel=parallel, tolerance=tolerance, slope=slope)
     written = [found.write_html(html)] if html else []
-    if json:
-        print_json(found.to_json())
-    else:
-        show(*found.tables(), *(f"written: {path}" for path in written))
+    answer(found, json, *written)

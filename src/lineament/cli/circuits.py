@@ -36,32 +36,20 @@ def circuit(
     A task file is {"prompts": [{"clean": ..., "corrupt": ..., "answer": ..., "distractor": ...}]}, prompts of a pair
     having as many tokens. Example: lineament circuit smollm2 --task ioi --html circuit.html
     """
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import answer, quiet
     from lineament.convert.progress import Progress
     from lineament.explain.circuit_page import circuit_of
     from lineament.io import write_text
 
     quiet()
     with Progress() as progress:
-        stages: list[str] = []
-
-        def said(what: str, done: int, total: int) -> None:
-            if what not in stages[-1:]:
-                stages.append(what)
-                progress.stage(what)
-            if total > 1:
-                progress.count(done, total)
-
         found = circuit_of(
             model, task, prompts=prompts, seed=seed, compare=compare or (), compare_prompts=compare_prompts,
-            level=level, method=method, ablation=ablation, size=size, faithful=faithful, said=said,
+            level=level, method=method, ablation=ablation, size=size, faithful=faithful, said=progress.step,
         )  # fmt: skip
     written = [found.write_html(html)] if html else []
     written += [found.write_png(png)] if png else []
     written += [write_text(out, jsons.dumps(found.to_json(), indent=2))] if out else []
-    if json:
-        print_json(found.to_json())
-    else:
-        show(*found.tables(), *(f"written: {path}" for path in written))
+    answer(found, json, *written)
     if not found.reached:
         raise typer.Exit(1)

@@ -25,7 +25,8 @@ def depth(
     Example: lineament depth smollm2 --html depth.html
     """
     from lineament._base.errors import InputError
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import answer, quiet
+    from lineament.convert.progress import Progress
     from lineament.explain.depth_reading import read_depth
     from lineament.io import read_json
 
@@ -34,14 +35,10 @@ def depth(
     if given is not None and not (isinstance(given, dict) and all(isinstance(x, list) and x for x in given.values())):
         raise InputError(f'{levels} is no {{"level": ["text", ...]}}')
 
-    def told(what: str, done: int, total: int) -> None:
-        typer.echo(f"{what}: {done} of {total}", err=True)
-
-    found = read_depth(
-        model, text=data, texts=texts, tokens=tokens, cuts=cuts, to=to, levels=given, seed=seed, progress=told
-    )
+    with Progress() as progress:
+        found = read_depth(
+            model, text=data, texts=texts, tokens=tokens, cuts=cuts, to=to, levels=given, seed=seed,
+            progress=progress.step,
+        )  # fmt: skip
     written = [found.write_html(html)] if html else []
-    if json:
-        print_json(found.to_json())
-    else:
-        show(*found.tables(), *(f"written: {path}" for path in written))
+    answer(found, json, *written)

@@ -24,17 +24,14 @@ def explain(
 
     Example: lineament explain smollm2 --text "The capital of France is" --html why.html
     """
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import answer, quiet
     from lineament.explain.reading import explain_image, explain_text
 
     quiet()
     found = _read(explain_text, explain_image, model, text, image, target, rules=rules)
     written = [found.write_html(html)] if html else []
     written += [found.write_png(png)] if png else []
-    if json:
-        print_json(found.to_json())
-    else:
-        show(*found.tables(), *(f"written: {path}" for path in written))
+    answer(found, json, *written)
 
 
 def scope(
@@ -52,17 +49,14 @@ def scope(
 
     Example: lineament scope smollm2 --text "The capital of France is" --html scope.html
     """
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import answer, quiet
     from lineament.explain.scope_reading import scope_image, scope_text
 
     quiet()
     choices = {"singular": singular, "center": center, "gate": gate}
     found = _read(scope_text, scope_image, model, text, image, target, **choices)
     written = [found.write_html(html)] if html else []
-    if json:
-        print_json(found.to_json())
-    else:
-        show(*found.tables(), *(f"written: {path}" for path in written))
+    answer(found, json, *written)
 
 
 def _read(

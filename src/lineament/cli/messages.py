@@ -46,6 +46,14 @@ def show(*parts: Any) -> None:
         STDOUT.print(escape(part) if isinstance(part, str) else part)
 
 
+def answer(found: Any, json: bool, *written: Path | None) -> None:
+    """Print what a command found, as JSON or as its tables and the files that were written."""
+    if json:
+        print_json(found.to_json())
+    else:
+        show(*found.tables(), *(f"written: {path}" for path in written if path is not None))
+
+
 def quiet() -> None:
     """Keep the progress bars and warnings of transformers off the terminal; ours say what is going on."""
     from transformers.utils import logging

@@ -14,6 +14,7 @@ class Progress:
         self.console = Console(file=sys.stderr)
         self._bar: Any = None
         self._task: Any = None
+        self._what = ""
 
     def __enter__(self) -> "Progress":
         return self
@@ -42,6 +43,14 @@ class Progress:
         self._bar.update(self._task, completed=done)
         if done >= total:
             self._close()
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Move on in work that names its own stages."""
+        if what != self._what:
+            self._what = what
+            self.stage(what)
+        if total > 1:
+            self.count(done, total)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lineament._base.errors import InputError
 from lineament.explain.ledger import Ledger
 from lineament.explain.methods import method_of
-from lineament.explain.relevance import Relevance, relevance
+from lineament.explain.relevance import Relevance, check_length, relevance
 from lineament.io import write_bytes
 from lineament.models import adapter_for, attentions, head_shape, load_teacher
 from lineament.report import HeatText, Picture, Section, Tiles, heat_image, heat_text, heatmap, page, table
@@ -90,6 +90,23 @@ class Explained:
         return page(f"Why {self.model} says {self.target}", sections, path)
 
 
+def text_of(model: str, text: str, target: str | None) -> tuple[Any, Any, Tensor, int | None]:
+    """Load a language model; return it, its tokenizer, the text's ids [1, T], and the first id of the wanted word.
+
+    Raises:
+        InputError: an empty text, or one longer than the model reads.
+    """
+    if not text.strip():
+        raise InputError("the text is empty; give a few words for the model to go on from")
+    net, tokenizer = load_teacher(model)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    check_length(net, {"input_ids": ids})
+    if target is None:
+        return net, tokenizer, ids, None
+    lead = "" if target.startswith(" ") or text.endswith((" ", "\n")) else " "
+    return net, tokenizer, ids, tokenizer(lead + target, add_special_tokens=False)["input_ids"][0]
+
+
 def explain_text(model: str, text: str, *, target: str | None = None, rules: Any = "auto") -> Explained:
     """Explain the next token a language model gives a text.
 
@@ -102,14 +119,7 @@ def explain_text(model: str, text: str, *, target: str | None = None, rules: Any
     Raises:
         InputError: an empty text, or one longer than the model reads.
     """
-    if not text.strip():
-        raise InputError("the text is empty; give a few words for the model to go on from")
-    net, tokenizer = load_teacher(model)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    wanted = None
-    if target is not None:
-        lead = "" if target.startswith(" ") or text.endswith((" ", "\n")) else " "
-        wanted = tokenizer(lead + target, add_special_tokens=False)["input_ids"][0]
+    net, tokenizer, ids, wanted = text_of(model, text, target)
     at, layers = _head_places(net)
     if method_of(rules) is not None:  # they explain inputs
         at = []

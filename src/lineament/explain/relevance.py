@@ -126,7 +126,7 @@ def propagate(
 ) -> Run:
     """Run the model and one sweep; what `relevance` and `effects` share."""
     check_channels(rules, model)
-    _check_length(model, inputs)
+    check_length(model, inputs)
     with prepared(model):
         recording = record(model, inputs, [*at, *rules.channels], target=target)
         value, words, root, k, seed = _seed(model, inputs, recording, target)
@@ -184,7 +184,8 @@ def _place_taps(sweep: Sweep, model: nn.Module, at: Sequence[Where], rules: Rule
             sweep.channels[place] = list(chosen)
 
 
-def _check_length(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def check_length(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Refuse a text that is longer than the model reads."""
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     ids = inputs.get("input_ids")
     if isinstance(longest, int) and isinstance(ids, Tensor) and ids.shape[-1] > longest > 0:

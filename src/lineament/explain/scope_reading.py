@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lineament._base.errors import InputError
-from lineament.explain.reading import picture_of
+from lineament.explain.reading import picture_of, text_of
 from lineament.explain.scope import Scope, scope
-from lineament.models import load_teacher
 from lineament.report import HeatText, Picture, Section, Text, Tiles, heat_image, page, table
 
 
@@ -103,17 +102,7 @@ def scope_text(model: str, text: str, *, target: str | None = None, singular: in
     Raises:
         InputError: an empty text, or one longer than the model reads.
     """
-    if not text.strip():
-        raise InputError("the text is empty; give a few words for the model to go on from")
-    net, tokenizer = load_teacher(model)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    longest = getattr(net.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and ids.shape[1] > longest > 0:
-        raise InputError(f"the text has {ids.shape[1]} tokens; the model reads {longest}")
-    wanted = None
-    if target is not None:
-        lead = "" if target.startswith(" ") or text.endswith((" ", "\n")) else " "
-        wanted = tokenizer(lead + target, add_special_tokens=False)["input_ids"][0]
+    net, tokenizer, ids, wanted = text_of(model, text, target)
     found = scope(net, {"input_ids": ids}, output=lambda out: out.logits[:, -1], **choices)
     rest, votes, values, basis = _read(found, wanted, singular, lambda k: repr(tokenizer.decode([k])))
     return Scoped(
