@@ -85,7 +85,7 @@ def test_halving_the_rate_halves_the_drift():
 def test_the_line_stops_where_confidence_falls():
     model, x, t = net(), images(), images(seed=1)
     found = explain.straight_line(model, x, t, tolerance=0.05)
-    sure = explain.path(model, x, t, found.labels, points=101)["confidence"]
+    sure = explain.confidence_path(model, x, t, found.labels, points=101)["confidence"]
     for i in range(4):
         last = next((k - 1 for k in range(101) if sure[i, 0] - sure[i, k] >= 0.05), 100)
         torch.testing.assert_close(found.images[i], x[i] + last / 100 * (t[i] - x[i]), rtol=0, atol=1e-6)
@@ -94,7 +94,7 @@ def test_the_line_stops_where_confidence_falls():
 def test_a_triangle_of_one_point_is_that_point():
     model, x = net(), images(1)[0]
     label = int(model(x[None]).argmax())
-    found = explain.triangle(model, x, x, x, label)
+    found = explain.confidence_triangle(model, x, x, x, label)
     sure = model(x[None]).softmax(1)[0, label].item()
     assert found["mean"] == pytest.approx(sure)
     assert found["share"]["0.1"] == 1

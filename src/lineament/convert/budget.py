@@ -24,6 +24,10 @@ class Timing:
     transfer_step: float
     distil_step: float
 
+    def seconds(self, transfer_steps: int, distil_steps: int) -> float:
+        """Return about how long so many steps take, the pool included."""
+        return self.pool + transfer_steps * self.transfer_step + distil_steps * self.distil_step
+
     def to_json(self) -> dict[str, float]:
         """Return plain JSON values."""
         return asdict(self)

@@ -23,7 +23,7 @@ from lineament.convert.evaluate import evaluate
 from lineament.convert.inherit import calibrate, mixer_configs
 from lineament.convert.job import Job
 from lineament.convert.parts import Parts, converted, lora_targets, parts, teacher_digest
-from lineament.convert.plan import Plan
+from lineament.convert.plan import Plan, parse_budget
 from lineament.convert.precision import autocast, resolve
 from lineament.convert.progress import Progress
 from lineament.convert.select import DamageTable, Heads
@@ -204,6 +204,9 @@ def resolved(job: Job, student: nn.Module, work: Path, progress: Progress) -> Pl
             progress.stage("warm-up", f"how much fits into {plan.budget}")
             timing = measure_timing(job, student)
             plan = resolve_budget(plan, timing)
+            least = timing.seconds(plan.transfer_steps, plan.distil_steps + plan.extend_steps)
+            if least > (parse_budget(plan.budget) or least):
+                progress.note(f"{plan.budget} are too short: the pool and the fewest steps take about {least:.0f} s")
             progress.note(f"{plan.transfer_steps} transfer steps per layer, {plan.distil_steps} distillation steps")
         io.write_json(path, {"plan": plan.to_json(), "timing": timing.to_json() if timing else None})
 

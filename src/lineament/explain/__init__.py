@@ -17,7 +17,14 @@
 - `infidelity`, `sensitivity`, `flipping`, `abpc`: how good an explanation is.
 """
 
-from lineament.explain.blindspots import BlindSpots, blind_spots, path, ssim, straight_line, triangle
+from lineament.explain.blindspots import (
+    BlindSpots,
+    blind_spots,
+    confidence_path,
+    confidence_triangle,
+    ssim,
+    straight_line,
+)
 from lineament.explain.circuit import Circuit, circuit, evaluate_circuit
 from lineament.explain.coverage import coverage
 from lineament.explain.depth import Depth, depth, layer_maps
@@ -69,6 +76,8 @@ __all__ = [
     "anisotropy",
     "blind_spots",
     "circuit",
+    "confidence_path",
+    "confidence_triangle",
     "coverage",
     "depth",
     "direct_logits",
@@ -77,7 +86,6 @@ __all__ = [
     "flipping",
     "infidelity",
     "layer_maps",
-    "path",
     "patterns",
     "relevance",
     "scope",
@@ -86,5 +94,4 @@ __all__ = [
     "steered",
     "steering_vector",
     "straight_line",
-    "triangle",
 ]

@@ -161,7 +161,7 @@ def straight_line(
     with torch.no_grad():
         scores = scores_of(classifier(sources))
         labels = scores.argmax(1) if labels is None else labels
-        sure = path(classifier, sources, targets, labels, points=points)["confidence"]
+        sure = confidence_path(classifier, sources, targets, labels, points=points)["confidence"]
         kept = (sure[:, :1] - sure < tolerance).long().cumprod(1)
         share = (kept.sum(1) - 1).clamp_min(0) / (points - 1)
         images = sources + share.view(-1, 1, 1, 1) * (targets - sources)
@@ -170,7 +170,7 @@ def straight_line(
 
 
 @torch.no_grad()
-def path(
+def confidence_path(
     classifier: Classifier, sources: Tensor, ends: Tensor, labels: Tensor, *, points: int = 11
 ) -> dict[str, Tensor]:
     """Return the "confidence" in the labels and the logit "margin" along the straight lines to `ends` [B, points]."""
@@ -182,7 +182,7 @@ def path(
 
 
 @torch.no_grad()
-def triangle(
+def confidence_triangle(
     classifier: Classifier, source: Tensor, a: Tensor, b: Tensor, label: int, *, points: int = 11
 ) -> dict[str, Any]:
     """Measure the confidence over the triangle of a source and two blind spots.

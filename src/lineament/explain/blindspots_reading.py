@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.explain.blindspots import BlindSpots, blind_spots, path, straight_line
+from lineament.explain.blindspots import BlindSpots, blind_spots, confidence_path, straight_line
 from lineament.explain.reading import picture_of
 from lineament.report import Picture, Section, Tiles, curve, page, table
 
@@ -88,7 +88,7 @@ def walk(model: str, image: str | Path, target: str | Path, **options: Any) -> W
     pair = [(x * std + mean).clamp(0, 1) for x in (source, aim)]
     found = blind_spots(classifier, *pair, **options)
     line = straight_line(classifier, *pair, labels=found.labels, tolerance=options.get("tolerance", 0.2))
-    back = path(classifier, pair[0], found.images, found.labels)["confidence"][0].tolist()
+    back = confidence_path(classifier, pair[0], found.images, found.labels)["confidence"][0].tolist()
     labels: Any = net.config.id2label or {}
     label = int(found.labels)
     return Walked(model=model, label=str(labels.get(label, label)), found=found, line=line, path=back)

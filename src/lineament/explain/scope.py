@@ -31,6 +31,7 @@ class Scope:
     Attributes:
         input: x, the input or the embedding of token numbers.
         output: f(x), the model's own.
+        run: u -> A u + r, for one probe.
         kinds: how the operators on the way are replayed: kind -> how many.
         guards: of the masks phi(x) / x: how many elements the slope near 0 stood in for, and the largest mask.
         chunk: probes that run at once.

@@ -17,7 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lineament._base.errors import InputError
 from lineament.graph import swap
+from lineament.models.student import take_config
 from lineament.nn import Experts, ExpertsConfig, SelectiveConfig, SelectiveMLP
+from lineament.nn.residual import check_groups
 
 FAMILIES = ("llama", "mistral", "qwen2")  # layers made from the config alone: two norms, q k v o, a gated MLP
 PREFIX = "lineament-rebuilt-"
@@ -167,15 +169,8 @@ def _plain_config(model: nn.Module) -> Any:
 
 def _all_groups(groups: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
     """Check groups and add a group of one for every layer that none of them names."""
-    named: dict[int, tuple[int, ...]] = {}
-    for group in groups:
-        run = tuple(group)
-        if not run or run != tuple(range(run[0], run[0] + len(run))) or run[0] < 0 or run[-1] >= count:
-            raise InputError(f"group {list(run)} is no run of neighbours among layers 0 to {count - 1}")
-        for layer in run:
-            if layer in named:
-                raise InputError(f"layer {layer} is in two groups")
-            named[layer] = run
+    check_groups(groups, count)
+    named = {layer: tuple(group) for group in groups for layer in group}
     return list(dict.fromkeys(named.get(i, (i,)) for i in range(count)))
 
 
@@ -190,10 +185,7 @@ def _config(config: Any, about: Mapping[str, Any], **changes: Any) -> Any:
 
 def _copied(model: nn.Module, config: Any) -> Any:
     new: Any = copy.deepcopy(model)
-    old = type(model.config)
-    for module in new.modules():
-        if isinstance(getattr(module, "config", None), old):
-            module.config = config
+    take_config(new, config)
     new.__class__ = rebuilt_class(type(model))
     return new
 

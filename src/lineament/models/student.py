@@ -147,10 +147,7 @@ def build_student(teacher: nn.Module, mixers: Mapping[int, MixerConfig], *, shar
     config = config_for(teacher.config, mixers)
     tensors = chain(teacher.parameters(), teacher.buffers())
     student: Any = copy.deepcopy(teacher, {id(t): t for t in tensors} if share else {})
-    old = type(teacher.config)
-    for module in student.modules():
-        if isinstance(getattr(module, "config", None), old):
-            module.config = config
+    take_config(student, config)
     student.__class__ = student_class(type(teacher))
     made: dict[int, nn.Module] = {}
     for layer, (_, module) in attentions(student).items():
@@ -159,6 +156,14 @@ def build_student(teacher: nn.Module, mixers: Mapping[int, MixerConfig], *, shar
             made[layer] = build(mixers[layer]).to(device=like.device, dtype=like.dtype).train(student.training)
     attach(student, made)
     return student
+
+
+def take_config(model: nn.Module, config: Any) -> None:
+    """Give a model and all its parts that hold its config another one."""
+    old = type(model.config)
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), old):
+            module.config = config
 
 
 def mixers_of(model: nn.Module) -> dict[int, ConvertedHeads]:

@@ -1,6 +1,6 @@
 """Residual layers one after another, side by side, and in groups between the two (Bermeitinger et al. 2023)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -154,3 +154,16 @@ def _widened(maps: tuple[Any, ...]) -> Any:
         raise InputError(f"{like} has groups; side by side they would not be one convolution")
     return nn.Conv2d(like.in_channels, count * like.out_channels, like.kernel_size, like.stride, like.padding,
                      like.dilation, padding_mode=like.padding_mode, **options)  # fmt: skip
+
+
+def check_groups(groups: Sequence[Sequence[int]], count: int) -> None:
+    """Refuse groups that are not runs of neighbouring layers, each layer in one of them at most."""
+    seen: set[int] = set()
+    for group in groups:
+        if not group or list(group) != list(range(group[0], group[0] + len(group))):
+            raise InputError(f"group {list(group)} is no run of neighbouring layers, such as [3, 4]")
+        if group[0] < 0 or group[-1] >= count:
+            raise InputError(f"group {list(group)} is outside layers 0 to {count - 1}")
+        if twice := seen.intersection(group):
+            raise InputError(f"layer {min(twice)} is in two groups")
+        seen.update(group)

@@ -111,8 +111,10 @@ def _run(seed: int, steps: int, walked: int) -> list[dict[str, Any]]:
     others = explain.blind_spots(net, source, target.roll(1, 0), **options).images
     rows = []
     for name, found in (ways | {"epsilon 0.002, margin's gradient": margins}).items():
-        back = explain.path(net, source, found.images, y)
-        triangles = [explain.triangle(net, source[i], found.images[i], others[i], int(y[i])) for i in range(20)]
+        back = explain.confidence_path(net, source, found.images, y)
+        triangles = [
+            explain.confidence_triangle(net, source[i], found.images[i], others[i], int(y[i])) for i in range(20)
+        ]
         rows.append(
             {"way": name, "seed": seed, "accuracy": accuracy(net, unseen.pixels, unseen.labels)}
             | {key: value.mean().item() for key, value in found.distances().items()}

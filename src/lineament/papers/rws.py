@@ -67,15 +67,11 @@ def experiment(scale: str = "small") -> Any:
             rows.append({"corruption": kind, "arm": arm, "clean": clean, "corrupted": hurt})
     each = [_found(run["blur"]) for run in runs]
     mean = _found({row["arm"]: (row["clean"], row["corrupted"]) for row in rows if row["corruption"] == "blur"})
-    for rule, (low, high) in RULES.items():
-        rows.append(
-            {"arm": rule, "found": mean[rule], "seeds": [one[rule] for one in each], "held": low <= mean[rule] <= high}
-        )
-    return Evidence(
-        name=RECORD.slug, claim=RECORD.claim, rows=rows,
-        threshold="; ".join(f"{rule} from {low} to {high}" for rule, (low, high) in RULES.items()),
-        passed=None if scale == "smoke" else all(row.get("held", True) for row in rows), seeds=list(range(count)),
-        seconds=time.perf_counter() - began, notes="The rules speak of the blur; noise is reported beside it.",
+    rows += [{"rule": rule, "seeds": [one[rule] for one in each]} for rule in RULES]
+    return Evidence.judged(
+        mean, RULES, verdict=scale != "smoke", name=RECORD.slug, claim=RECORD.claim, rows=rows,
+        seeds=list(range(count)), seconds=time.perf_counter() - began,
+        notes="The rules speak of the blur; noise is reported beside it.",
     )  # fmt: skip
 
 

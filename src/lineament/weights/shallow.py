@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lineament._base.errors import InputError
 from lineament.graph import select, stream
 from lineament.nn import SideBySide, Through
+from lineament.nn.residual import check_groups
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -76,19 +77,6 @@ def side_by_side(
             new[layers[run[0]]] = SideBySide([found[i] for i in run])
             new |= {layers[i]: Through() for i in run[1:]}
     return new
-
-
-def check_groups(groups: Sequence[Sequence[int]], count: int) -> None:
-    """Refuse groups that are not runs of neighbouring layers, each layer in one of them at most."""
-    seen: set[int] = set()
-    for group in groups:
-        if not group or list(group) != list(range(group[0], group[0] + len(group))):
-            raise InputError(f"group {list(group)} is no run of neighbouring layers, such as [3, 4]")
-        if group[0] < 0 or group[-1] >= count:
-            raise InputError(f"group {list(group)} is outside layers 0 to {count - 1}")
-        if twice := seen.intersection(group):
-            raise InputError(f"layer {min(twice)} is in two groups")
-        seen.update(group)
 
 
 @dataclass(frozen=True)
