@@ -83,7 +83,7 @@ def test_experts_in_a_model_are_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("groups", "said"), [([(0, 2)], "no run"), ([(2, 3)], "no run"), ([(0, 1), (1, 2)], "two groups")]
+    ("groups", "said"), [([(0, 2)], "no run"), ([(2, 3)], "outside layers"), ([(0, 1), (1, 2)], "two groups")]
 )
 def test_groups_that_are_none_are_named(groups, said):
     with pytest.raises(InputError, match=said):
