@@ -70,12 +70,15 @@ class Read:
         """Write one page with every measure."""
         d = self.found
         sections = [Section("How deep is it?", [Tiles(self.numbers()), Text(OURS), self.rows()])]
-        kinds = {"size of what is written": "|", "direction": "cos"}
-        for title, prefix in kinds.items():
+        over = "Means over tokens without position 0"
+        kinds = (  # the first layer writes many times what it reads
+            ("size of what is written", "|", f"{over}.", "y"),
+            ("direction", "cos", f"{over}; cosines near 0 write new directions, below 0 they erase.", ""),
+        )
+        for title, prefix, note, log in kinds:
             chosen = {n: x for n, x in d.written.items() if n.startswith(prefix) and (prefix == "cos" or "/" in n)}
             series = {n: (list(range(d.layers)), x["mean"]) for n, x in chosen.items()}
-            note = "Means over tokens without position 0; cosines near 0 write new directions, below 0 they erase."
-            sections.append(Section(title.capitalize(), [_curve(series, title, note)]))
+            sections.append(Section(title.capitalize(), [_curve(series, title, note, log)]))
         for title, effects in (("Future tokens", d.future), ("Current tokens", d.current), ("Direct", d.direct)):
             alt = f"{title}: change of each layer's contribution when an earlier layer is skipped"
             sections.append(Section(f"Skipped layers: {title.lower()}", [_map(effects["mean"], alt, "|c - c'| / |c|")]))
@@ -98,8 +101,8 @@ def _clipped(rows: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[max(0.0, x) for x in row] for row in rows]
 
 
-def _curve(series: Mapping[str, Any], ylabel: str, caption: str) -> Picture:
-    pictures = [curve(series, xlabel="layer", ylabel=ylabel, dark=dark) for dark in (False, True)]
+def _curve(series: Mapping[str, Any], ylabel: str, caption: str, log: str = "") -> Picture:
+    pictures = [curve(series, xlabel="layer", ylabel=ylabel, log=log, dark=dark) for dark in (False, True)]
     return Picture(pictures[0], f"{', '.join(series)} by layer", caption, pictures[1])
 
 
