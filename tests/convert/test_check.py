@@ -93,6 +93,17 @@ def test_a_budget_becomes_steps():
     alone = resolve_budget(Plan(budget="10min", distil="none"), timing)
     assert alone.transfer_steps == int((600 * 0.92 - 5) / 2)
     assert resolve_budget(Plan(), timing) == Plan()
+    assert plan.transfer_pool == Plan().transfer_pool
+
+
+def test_a_small_budget_makes_the_pool_smaller_before_it_gives_up_steps():
+    timing = Timing(pool=240.0, transfer_step=10.0, distil_step=100.0)  # for 24 windows
+    plan = resolve_budget(Plan(budget=str(400 / 0.92), budget_transfer=0.5, transfer_pool=24), timing)
+    assert plan.transfer_pool == 10  # half of 200 s, at 10 s a window
+    assert plan.transfer_steps == 10
+    tiny = resolve_budget(Plan(budget="40", budget_transfer=0.5, transfer_pool=24), timing)
+    assert (tiny.transfer_pool, tiny.transfer_steps) == (4, 2)
+    assert resolve_budget(Plan(budget="40", transfer_pool=3), timing).transfer_pool == 3
 
 
 def test_which_goals_a_plan_is_held_to():

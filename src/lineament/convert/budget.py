@@ -12,21 +12,22 @@ from lineament._base.seeds import seeded
 from lineament.convert.plan import Plan, parse_budget
 
 MARGIN = 0.92  # checkpoints, logging and a busy machine take their part
-LEAST = 2
+LEAST = 2  # steps
+POOL_SHARE, POOL_LEAST = 0.5, 4  # of the time for transfer that its pool may take, if that leaves so many windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds measured on this machine: carrying the pool through the teacher, one transfer step of all layers
-    together, one distillation step."""
+    """Seconds measured on this machine: carrying the plan's whole pool through the teacher, one transfer step of all
+    layers together, one distillation step."""
 
     pool: float
     transfer_step: float
     distil_step: float
 
-    def seconds(self, transfer_steps: int, distil_steps: int) -> float:
-        """Return about how long so many steps take, the pool included."""
-        return self.pool + transfer_steps * self.transfer_step + distil_steps * self.distil_step
+    def seconds(self, transfer_steps: int, distil_steps: int, pool: float = 1.0) -> float:
+        """Return about how long so many steps take, with a share of the pool."""
+        return pool * self.pool + transfer_steps * self.transfer_step + distil_steps * self.distil_step
 
     def to_json(self) -> dict[str, float]:
         """Return plain JSON values."""
@@ -64,6 +65,9 @@ def seconds_per_step(
 def resolve_budget(plan: Plan, timing: Timing) -> Plan:
     """Return the plan with its step counts replaced by what the budget holds.
 
+    A pool that would take more than half of the time for transfer is made smaller: on a slow machine a few windows seen
+    often are worth more than many that no step has time for.
+
     Example:
         >>> timing = Timing(pool=10.0, transfer_step=1.0, distil_step=2.0)
         >>> found = resolve_budget(Plan(budget="100", budget_transfer=0.5), timing)
@@ -79,7 +83,13 @@ def resolve_budget(plan: Plan, timing: Timing) -> Plan:
     share = plan.budget_transfer if transfer and distil else 1.0
     changes: dict[str, int] = {}
     if transfer:
-        changes["transfer_steps"] = max(LEAST, int((share * seconds - timing.pool) / timing.transfer_step))
+        fits = (
+            int(POOL_SHARE * share * seconds / timing.pool * plan.transfer_pool) if timing.pool else plan.transfer_pool
+        )
+        windows = min(plan.transfer_pool, max(POOL_LEAST, fits))
+        pool = timing.pool * windows / plan.transfer_pool
+        steps = max(LEAST, int((share * seconds - pool) / timing.transfer_step))
+        changes |= {"transfer_pool": windows, "transfer_steps": steps}
     if distil:
         left = seconds * (1 - share if transfer else 1.0)
         steps = max(LEAST, int(left / timing.distil_step))

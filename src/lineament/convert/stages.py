@@ -204,10 +204,14 @@ def resolved(job: Job, student: nn.Module, work: Path, progress: Progress) -> Pl
             progress.stage("warm-up", f"how much fits into {plan.budget}")
             timing = measure_timing(job, student)
             plan = resolve_budget(plan, timing)
-            least = timing.seconds(plan.transfer_steps, plan.distil_steps + plan.extend_steps)
+            held = plan.transfer_pool / job.plan.transfer_pool
+            least = timing.seconds(plan.transfer_steps, plan.distil_steps + plan.extend_steps, held)
             if least > (parse_budget(plan.budget) or least):
                 progress.note(f"{plan.budget} are too short: the pool and the fewest steps take about {least:.0f} s")
-            progress.note(f"{plan.transfer_steps} transfer steps per layer, {plan.distil_steps} distillation steps")
+            progress.note(
+                f"{plan.transfer_steps} transfer steps per layer on {plan.transfer_pool} windows, "
+                f"{plan.distil_steps} distillation steps"
+            )
         io.write_json(path, {"plan": plan.to_json(), "timing": timing.to_json() if timing else None})
 
     _once(path, make)

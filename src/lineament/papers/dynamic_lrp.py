@@ -46,7 +46,7 @@ SCALES = {  # seeds, steps of the language model, prompts, steps of the image mo
     "smoke": (1, 10, 8, 10), "small": (2, 1200, 100, 300), "full": (5, 1200, 400, 1000),
 }  # fmt: skip
 SYSTEM, BASELINE = "attnlrp", "gradient-x-input"
-AT_LEAST, AT_MOST = 0.9, 0.4  # of prompts with the answer's name on top, in the mean over seeds; fixed beforehand
+RULES = {SYSTEM: (0.9, 1.0), BASELINE: (0.0, 0.4)}  # share of prompts whose answer's name is on top; fixed beforehand
 
 
 def experiment(scale: str = "small") -> Any:
@@ -67,12 +67,10 @@ def experiment(scale: str = "small") -> Any:
         for name in mean
     ]
     rows += _flips(sizes[2]) + _coverage()
-    held = mean[SYSTEM] >= AT_LEAST and mean[BASELINE] <= AT_MOST
-    return Evidence(
-        name=RECORD.slug, claim=RECORD.claim, rows=rows, passed=None if scale == "smoke" else held,
-        threshold=f"{SYSTEM} names the answer first in at least {AT_LEAST:.0%} of prompts, {BASELINE} in at most "
-        f"{AT_MOST:.0%}, in the mean over seeds",
+    return Evidence.judged(
+        mean, RULES, verdict=scale != "smoke", name=RECORD.slug, claim=RECORD.claim, rows=rows,
         seeds=list(range(seeds)), seconds=time.perf_counter() - began,
+        notes="The rule is on the share of prompts in which the answer's name comes first, in the mean over seeds.",
     )  # fmt: skip
 
 

@@ -67,14 +67,9 @@ def experiment(scale: str = "small") -> Any:
     began, (forks, seeds, epochs, pairs, dense, residual) = time.perf_counter(), SCALES[scale]
     forked = [_fork(k, seed, epochs, layers=k == forks[0]) for k in forks for seed in range(seeds)]
     apart = [_apart(net, i, dense if net == "MLP" else residual) for net in ("MLP", "ResNet") for i in range(pairs)]
-    found = _found(forked, apart)
-    rules = [{"net": rule, "found": found[rule], "held": low <= found[rule] <= high}
-             for rule, (low, high) in RULES.items()]  # fmt: skip
-    return Evidence(
-        name=RECORD.slug, claim=RECORD.claim, rows=forked + apart + rules,
-        threshold="; ".join(f"{rule} from {low:g} to {high:g}" for rule, (low, high) in RULES.items()),
-        passed=None if scale == "smoke" else all(rule["held"] for rule in rules),
-        seeds=[SEED + i for i in range(seeds)], seconds=time.perf_counter() - began,
+    return Evidence.judged(
+        _found(forked, apart), RULES, verdict=scale != "smoke", name=RECORD.slug, claim=RECORD.claim,
+        rows=forked + apart, seeds=[SEED + i for i in range(seeds)], seconds=time.perf_counter() - began,
         notes="forked: barrier on the noisy training data; apart: on test data, before, matched, repaired, both",
     )  # fmt: skip
 

@@ -73,13 +73,10 @@ def experiment(scale: str = "small") -> Any:
         _by_hand(), *(sum(of) / seeds for of in each.values()), *slopes, times[-1][EXACT] / times[-1][NEAR], high / low,
         max(row[f"error, degree {g}"] / row[f"bound, degree {g}"] for row in errors for g in DEGREES),
     ]  # fmt: skip
-    rules = [{"rule": rule, "found": x, "held": least <= x <= most}
-             for (rule, (least, most)), x in zip(RULES.items(), found, strict=True)]  # fmt: skip
-    return Evidence(
-        name=RECORD.slug, claim=RECORD.claim, rows=rules + errors + times,
-        threshold="; ".join(f"{rule} from {least} to {most}" for rule, (least, most) in RULES.items()),
-        passed=None if scale == "smoke" else all(rule["held"] for rule in rules), seeds=list(range(seeds)),
-        seconds=time.perf_counter() - began, notes=f"accuracy by seed: pairs {each[2]}, ordinary {each[1]}",
+    return Evidence.judged(
+        dict(zip(RULES, found, strict=True)), RULES, verdict=scale != "smoke", name=RECORD.slug, claim=RECORD.claim,
+        rows=errors + times, seeds=list(range(seeds)), seconds=time.perf_counter() - began,
+        notes=f"accuracy by seed: pairs {each[2]}, ordinary {each[1]}",
     )  # fmt: skip
 
 
