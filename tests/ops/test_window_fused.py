@@ -10,7 +10,7 @@ from lineament.nn import MixerConfig, build
 from lineament.nn import windowed as windowed_module
 from lineament.nn.state import cloned
 from lineament.nn.windowed import HedgehogWindow
-from lineament.ops import window_fused
+from lineament.ops import compiled, window_fused
 
 pytest.importorskip("numba")
 
@@ -115,6 +115,6 @@ def test_it_steps_back_where_it_can_not_run(monkeypatch):
     state = prefix(mixer, tokens(mixer, 1, 9), 4)
     assert "float32 beside a state in torch.float64" in window_fused.refused(state, torch.zeros(1))
     assert "view" in window_fused.refused(state._replace(far=state.far.mT), state.keys)
-    monkeypatch.setattr(window_fused, "available", lambda _: False)
+    monkeypatch.setattr(compiled, "available", lambda _: False)
     assert "lineament[cpu]" in window_fused.refused(state, state.keys)
     assert isinstance(mixer, HedgehogWindow)

@@ -4,22 +4,10 @@ Imported when it is used: numba is an extra.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numba import njit
 
-# infinities are values here: a far part that is off has a log scale of -inf
-OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
-
-
-def loop(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile at the first call, and keep the result on disk where there is a place for it."""
-    try:
-        return njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return njit(**OPTIONS)(function)
+from lineament.ops.compiled import loop
 
 
 @loop

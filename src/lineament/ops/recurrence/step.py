@@ -1,7 +1,11 @@
-"""One token of the recurrence, in place: what decoding calls."""
+"""One token of the recurrence, in place: what decoding calls. By a compiled loop on a CPU that has numba."""
+
+from importlib import import_module
 
 import torch
 from torch import Tensor
+
+from lineament.ops.compiled import arrays, refused
 
 
 def decayed_step_(
@@ -27,6 +31,8 @@ def decayed_step_(
         >>> tuple(decayed_step_(one, one, one, None, state).item() for _ in range(3))
         (1.0, 2.0, 3.0)
     """
+    if _loops(state, out, q, k, v, log_decay):
+        return _looped(q, k, v, None, log_decay, state, out)
     _decay_(state, log_decay)
     wide = state.dtype
     _write_(state, k.to(wide), v.to(wide))
@@ -63,6 +69,8 @@ def delta_step_(
         >>> tuple(delta_step_(one, one, x * one, torch.ones(1, 1), None, state).item() for x in (3.0, 5.0))
         (3.0, 5.0)
     """
+    if _loops(state, out, q, k, v, beta, log_decay):
+        return _looped(q, k, v, beta, log_decay, state, out)
     _decay_(state, log_decay)
     wide, heads = state.dtype, state.shape[1]
     wide_k, wide_v = k.to(wide), v.to(wide)
@@ -71,6 +79,26 @@ def delta_step_(
     held = torch.matmul(full_k[:, :, None], state)[:, :, 0]  # [B, Hs, V]
     _write_(state, full_k, (full_v - held).mul_(beta.to(wide)[..., None]))
     return _read(state, q, v.dtype, out)
+
+
+def _loops(state: Tensor, out: Tensor | None, *read: Tensor | None) -> bool:
+    """Say whether a loop may do the step: nothing is differentiated, and it can run."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (state, *read)):
+        return False
+    return refused(state) is None and (out is None or out.is_contiguous())
+
+
+def _looped(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, state: Tensor, out: Tensor | None
+) -> Tensor:
+    wide, (rows, heads, _, width) = state.dtype, state.shape
+    o = state.new_empty(rows, max(q.shape[1], heads), width) if out is None else out
+    beta = state.new_empty(rows, 0) if beta is None else beta
+    rates = state.new_empty(rows, heads, 0) if log_decay is None else log_decay
+    rates = rates if rates.dim() == 3 else rates.unsqueeze(-1)
+    read = (x if x.dtype == wide else x.to(wide) for x in (q, k, v, beta, rates))
+    import_module("lineament.ops.recurrence.step_loops").step_(*arrays(*read, state, o))
+    return o if out is not None or v.dtype == wide else o.to(v.dtype)
 
 
 def _decay_(state: Tensor, log_decay: Tensor | None) -> None:
