@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from lineament import papers
 from lineament.cli import run
+from lineament.io import building_folder
 from lineament.papers import records
 
 COMMANDS = [
@@ -26,6 +28,10 @@ COMMANDS = [
     "doctor",
     "explain",
     "coverage",
+    "circuit",
+    "scope",
+    "depth",
+    "blindspots",
 ]
 
 
@@ -84,3 +90,37 @@ def test_plans_and_doctor_speak_json(capsys):
     assert json.loads(capsys.readouterr().out)["default"]["mixer"] == "hedgehog-window"
     assert run(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["extras"]["lora"] == {"peft": True}
+
+
+def test_ctrl_c_says_where_the_work_is_kept(tmp_path, capsys, monkeypatch):
+    def begun(*_, **__):
+        with building_folder(tmp_path / "out") as partial:
+            (partial / "half").write_text("of it", encoding="utf-8")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(papers, "records", begun)
+    assert run(["papers"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("interrupted: the work so far is kept in")
+    assert f"{tmp_path / 'out.partial'}; the same command goes on" in told
+
+
+def test_an_error_in_the_middle_says_so_too(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        with building_folder(tmp_path / "out") as partial:
+            (partial / "half").write_text("of it", encoding="utf-8")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(papers, "records", full)
+    assert run(["papers"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert "out.partial" in told
+
+
+def test_a_reader_that_has_read_enough_is_no_mistake():
+    command = f"{sys.executable} -m lineament papers --json | head -c 10"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("[")
+    assert done.stderr == ""

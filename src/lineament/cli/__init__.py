@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the work failed or a check did not hold, 2 the input was wrong.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -78,19 +79,27 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; a user's mistake is one line on stderr."""
     from typer.main import get_command
 
-    from lineament.cli.messages import describe
+    from lineament.cli.messages import describe, notes
 
-    try:
-        result = get_command(app)(args=None if arguments is None else list(arguments), standalone_mode=False)
+    command = get_command(app)
+    try:  # not command.main, which turns Ctrl-C into an exit code and loses what it was told on the way
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        with command.make_context("lineament", given) as context:
+            result = command.invoke(context)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {'; '.join(notes(stop)) or 'nothing was left behind'}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `lineament papers | head`: whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         code, message = describe(error)
         if code is None:
             raise
-        print(message, file=sys.stderr)
+        if message:
+            print(message, file=sys.stderr)
         return code
 
 

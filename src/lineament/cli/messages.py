@@ -31,8 +31,13 @@ def describe(error: Exception) -> tuple[int | None, str]:
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's message without line breaks."""
-    return " ".join(str(error).split())
+    """Return an error's message and the notes it got on its way up, without line breaks."""
+    return " ".join("; ".join((str(error), *notes(error))).split())
+
+
+def notes(error: BaseException) -> list[str]:
+    """Return what was added to an error on its way up: where the work so far is kept."""
+    return getattr(error, "__notes__", [])
 
 
 def print_json(value: Any) -> None:
