@@ -124,3 +124,10 @@ def test_a_reader_that_has_read_enough_is_no_mistake():
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("[")
     assert done.stderr == ""
+
+
+def test_without_a_command_the_help_is_all_there_is_to_say(capsys):
+    assert run([]) == 2
+    told = capsys.readouterr()
+    assert "convert" in told.out
+    assert told.err == ""

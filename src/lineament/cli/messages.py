@@ -20,9 +20,10 @@ def describe(error: Exception) -> tuple[int | None, str]:
     if isinstance(error, typer.Abort):
         return 1, "aborted"
     if hasattr(error, "format_message"):  # a usage error, of click or of the copy that typer carries
-        context = getattr(error, "ctx", None)
+        context, said = getattr(error, "ctx", None), error.format_message()  # pyright: ignore
         hint = f"\nTry '{context.command_path} --help'." if context else ""
-        return getattr(error, "exit_code", 2), f"error: {error.format_message()}{hint}"  # pyright: ignore
+        # it says nothing where the help has been printed already
+        return getattr(error, "exit_code", 2), f"error: {said}{hint}" if said else ""
     if isinstance(error, InputError):
         return 2, f"error: {one_line(error)}"
     if isinstance(error, LineamentError | NotImplementedError | OSError):
