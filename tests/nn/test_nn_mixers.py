@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from lineament._base.errors import InputError
+from lineament._base.extras import available
 from lineament.nn import BUILDERS, LayerState, MixerConfig, Rows, build, causal_softmax, quiet_log_scale
 from lineament.nn.codes import start_codes
 from lineament.nn.feature_maps import Product
 from lineament.nn.state import leaves
+from lineament.ops import compiled
 
 B, T, HQ, HK, K, D = 2, 23, 6, 3, 8, 24
 OPTIONS = {
@@ -220,6 +222,35 @@ def test_a_fresh_delta_layer_passes_the_teachers_queries_on():
         o, _ = build(config).double()(q, k, v, x=x)
         k2, v2 = (part.repeat_interleave(2, dim=2) for part in (k, v))
         close(o, 0.5 * (q * k2).sum(-1, keepdim=True) * v2)
+
+
+@pytest.mark.skipif(not available("numba"), reason="numba is not installed")
+@pytest.mark.parametrize("key_norm", ["value", "query"])
+@pytest.mark.parametrize("kind", ["gated-deltanet", "kda"])
+@torch.no_grad()
+def test_a_delta_layer_steps_by_a_loop_as_by_operators(kind, key_norm, monkeypatch):
+    m, parts, calls = mixer(kind, options={"key_norm": key_norm}), problem(), []
+    step = type(m.filling)._step
+    monkeypatch.setattr(type(m.filling), "_step", lambda *args: calls.append(1) or step(*args))
+    _, state = run(m, parts, slice(0, 9), state=LayerState())
+    other = state.copy()
+    found = [run(m, parts, slice(t, t + 1), state=state)[0] for t in range(9, T)]
+    assert len(calls) == T - 9
+    monkeypatch.setattr(compiled, "available", lambda _: False)
+    wanted = [run(m, parts, slice(t, t + 1), state=other)[0] for t in range(9, T)]
+    assert len(calls) == T - 9
+    close(torch.cat(found), torch.cat(wanted))
+    close(torch.cat(found, 1), run(m, parts)[0][:, 9:])
+    for name, x in state.tensors().items():
+        close(x, other.tensors()[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_state_keeps_no_prompt_in_memory(kind):
+    _, state = run(mixer(kind), problem(200), state=LayerState())
+    for name, x in state.tensors().items():
+        assert x.untyped_storage().nbytes() <= 2 * x.nbytes, name
 
 
 @torch.no_grad()

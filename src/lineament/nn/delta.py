@@ -6,6 +6,7 @@ learned in its projections is what the state holds.
 """
 
 import math
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,15 @@ from torch.nn.functional import linear, softplus
 
 from lineament._base.errors import unknown
 from lineament.nn.config import MixerConfig
+from lineament.nn.folded import Folded
 from lineament.nn.recurrent import Terms, recur
 from lineament.nn.short_conv import ShortConv
 from lineament.nn.state import State, widened
+from lineament.nn.windowed import stepping
+from lineament.ops import compiled
 
 NORMS = ("value", "query", "none")
+OPENED = 1 / (1 + math.exp(-4.0))  # the output gate as it starts, which counts as 1
 
 
 class DeltaState(NamedTuple):
@@ -70,6 +75,7 @@ class DeltaHeads(nn.Module):
         self.gate_down = nn.Parameter(torch.empty(rank, D)) if output_gate else None
         self.gate_up = nn.Parameter(torch.empty(Hq * V, rank)) if output_gate else None
         self.gate_bias = nn.Parameter(torch.empty(Hq * V)) if output_gate else None
+        self._folded = Folded()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,11 +109,53 @@ class DeltaHeads(nn.Module):
         """See `HeadMixer`."""
         memory: Any
         memory, tail = state if state is not None else (None, None)
+        if cu_seqlens is None and stepping(q.shape[1], state) and self._loops(memory, tail, q, k, v, x):
+            return self._step(q, k, v, x, memory, tail.contiguous())
+        self._folded.forget()
         if self.conv is not None:
             q, k, v, tail = self._convolved(q, k, v, tail, cu_seqlens)
         terms = Terms(*self._normalised(q, k, v), *self.gates(x))
         o, memory = recur(terms, state=memory, cu_seqlens=cu_seqlens, backend=self.backend)
         return self._gated(o, x), DeltaState(memory, tail)
+
+    def _loops(self, memory: Tensor, tail: Tensor | None, *token: Tensor) -> bool:
+        """Say whether a token may be read by one compiled loop."""
+        if self.conv is None or tail is None or self.gate_up is None or self.key_norm == "none":
+            return False
+        if torch.is_autocast_enabled("cpu"):  # the gates' projections would come in another dtype
+            return False
+        return compiled.refused(memory, tail, self.gate_up, *token) is None
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, memory: Tensor, tail: Tensor
+    ) -> tuple[Tensor, DeltaState]:
+        weight, taps, rate, length = self._once()
+        heads, rank = self.config.key_heads, 0 if self.gate_down is None else len(self.gate_down)
+        down = linear(x.select(1, 0), weight)
+        decay, beta, gate = down.split((len(weight) - heads - rank, heads, rank), dim=-1)
+        decay = linear(decay, self.decay_up, self.decay_bias) if self.channels else decay + self.decay_bias
+        gate = linear(gate, self.gate_up, self.gate_bias)  # type: ignore[arg-type]
+        out = torch.empty_like(q[:, 0])
+        token = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), dim=-1)
+        read = compiled.arrays(token, taps, tail, decay, beta + self.beta_bias, rate, length)
+        loop = import_module("lineament.nn.delta_loops").delta_heads_step_
+        loop(*read, self.key_norm == "value", *compiled.arrays(gate), OPENED, *compiled.arrays(memory, out))
+        return out.unsqueeze(1), DeltaState(memory, tail)
+
+    def _once(self) -> tuple[Tensor, ...]:
+        """Return the projections of x in one piece, the taps, the rates of decay and the factors of the queries."""
+        conv, down, length = self.conv, self.gate_down, self.key_length
+        assert conv is not None  # see _loops
+        assert down is not None
+        first = self.decay_up if self.decay_down is None else self.decay_down
+        watched = (first, self.beta_weight, down, self.decay_rate, length, *conv.parameters())
+
+        def make() -> tuple[Tensor, ...]:
+            ones = torch.ones_like(self.decay_rate)
+            weight = torch.cat((first, self.beta_weight, down))
+            return weight, conv.taps(), self.decay_rate.exp(), ones if length is None else length
+
+        return self._folded.get(watched, make)
 
     def _convolved(
         self, q: Tensor, k: Tensor, v: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None
@@ -131,4 +179,4 @@ class DeltaHeads(nn.Module):
         if self.gate_down is None or self.gate_up is None:
             return o
         g = linear(linear(x, self.gate_down.to(x.dtype)), self.gate_up.to(x.dtype), self.gate_bias.to(x.dtype))
-        return o * (g.sigmoid() / (1 / (1 + math.exp(-4.0)))).unflatten(-1, o.shape[2:])
+        return o * (g.sigmoid() / OPENED).unflatten(-1, o.shape[2:])

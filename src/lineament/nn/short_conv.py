@@ -60,7 +60,9 @@ class ShortConv(nn.Module):
         if tail is None:
             tail = x.new_zeros(x.shape[0], past, x.shape[2])
         full = torch.cat([tail.to(x.dtype), x], dim=1)
-        return self._taps(full, x.shape[1]), full[:, full.shape[1] - past :]
+        last = full[:, full.shape[1] - past :]
+        # a view would keep all of a long prompt in memory until the next token
+        return self._taps(full, x.shape[1]), last if x.shape[1] == 1 else last.clone()
 
     def taps(self) -> Tensor:
         """Return the weights [width, C], row 0 for the current token."""

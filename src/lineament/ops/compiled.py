@@ -42,7 +42,7 @@ def arrays(*tensors: Tensor) -> list[Any]:
     return [(x.detach() if x.requires_grad else x).contiguous().numpy() for x in tensors]
 
 
-def loop(function: Callable[..., None]) -> Callable[..., None]:
+def loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile at the first call, and keep the result on disk where there is a place for it."""
     from numba import njit
 
