@@ -32,6 +32,8 @@ from lineament.convert.warm_up import measure_timing
 from lineament.models.student import build_student
 from lineament.report import Evidence
 
+FEW = 10  # distillation steps; 5 were seen to gain nothing on prose
+
 
 def is_main() -> bool:
     """Say whether this process is the one that writes."""
@@ -212,6 +214,8 @@ def resolved(job: Job, student: nn.Module, work: Path, progress: Progress) -> Pl
                 f"{plan.transfer_steps} transfer steps per layer on {plan.transfer_pool} windows, "
                 f"{plan.distil_steps} distillation steps"
             )
+            if plan.distil != "none" and plan.distil_steps < FEW:
+                progress.note("so few may leave it no better than untrained window and sinks; a longer budget helps")
         io.write_json(path, {"plan": plan.to_json(), "timing": timing.to_json() if timing else None})
 
     _once(path, make)
