@@ -59,6 +59,9 @@ def test_measures_tell_a_good_explanation_from_a_bad_one():
     order = found.inputs["input"].sum(1)
     most, least = explain.flipping(model, inputs, order)
     assert most[0] == pytest.approx(found.value.mean().item())
+    curves = explain.flip_curves(model, inputs, order)
+    assert curves.shape == (2, 17, len(order))
+    assert curves[1].mean(1).tolist() == least
     assert explain.abpc(most, least) > 0
     assert explain.abpc(most, least) == pytest.approx(-explain.abpc(*explain.flipping(model, inputs, -order)))
     assert 0 < explain.sensitivity(model, inputs, rules="epsilon") < 10

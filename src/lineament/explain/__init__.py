@@ -14,7 +14,7 @@
   `steered` (a direction added while a model runs).
 - `blind_spots(classifier, sources, targets) -> BlindSpots`: other images of equal confidence; `path`, `triangle`.
 - `coverage(model, inputs)`: operator x count x rule.
-- `infidelity`, `sensitivity`, `flipping`, `abpc`: how good an explanation is.
+- `infidelity`, `sensitivity`, `flipping` (`flip_curves` by row), `abpc`: how good an explanation is.
 """
 
 from lineament.explain.blindspots import (
@@ -36,7 +36,7 @@ from lineament.explain.methods import METHODS, DeepLift, IntegratedGradients, Oc
 from lineament.explain.metrics import LogitDifference
 from lineament.explain.operators import OPERATORS
 from lineament.explain.patterns import Patterns, patterns
-from lineament.explain.quality import abpc, flipping, infidelity, sensitivity
+from lineament.explain.quality import abpc, flip_curves, flipping, infidelity, sensitivity
 from lineament.explain.relevance import Relevance, relevance
 from lineament.explain.rules import RULES, Rules
 from lineament.explain.scope import Scope, anisotropy, scope
@@ -83,6 +83,7 @@ __all__ = [
     "direct_logits",
     "effects",
     "evaluate_circuit",
+    "flip_curves",
     "flipping",
     "infidelity",
     "layer_maps",

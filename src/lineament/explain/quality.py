@@ -88,6 +88,15 @@ def flipping(
         The mean output after 0, 1, ... steps, most relevant first (MoRF), and least relevant first (LeRF). The area
         between them (`abpc`) is large where the relevances name what counts.
     """
+    most, least = flip_curves(model, inputs, order, target=target, steps=steps, baseline=baseline).mean(2).tolist()
+    return most, least
+
+
+def flip_curves(
+    model: nn.Module, inputs: Mapping[str, Any] | Tensor, order: Tensor, *, target: Target = None, steps: int = 16,
+    baseline: Any = 0.0,
+) -> Tensor:  # fmt: skip
+    """Return what `flipping` averages, [2, steps + 1, B]: a curve per row, for intervals over rows."""
     at = points(model, named(model, inputs), target)
     if len(at.values) != 1:
         raise InputError(f"flipping takes one input; the model has {', '.join(at.values)}")
@@ -103,9 +112,9 @@ def flipping(
                 gone = rank < round(step * flat.shape[1] / steps)
                 gone = gone[:, None] if x.dim() == 4 and gone.dim() == 3 else gone
                 gone = gone[..., None] if name in at.tokens else gone
-                curve.append(float(at.score({name: torch.where(gone, nothing, x)}).mean()))
-            curves.append(curve)
-    return curves[0], curves[1]
+                curve.append(at.score({name: torch.where(gone, nothing, x)}))
+            curves.append(torch.stack(curve))
+    return torch.stack(curves)
 
 
 def abpc(most: list[float], least: list[float]) -> float:
