@@ -1,16 +1,20 @@
 """The measurement of a student: its rows, what is said of thin evidence, and going on after an interruption."""
 
+import io
+
 import pytest
 import torch
 from convert_helpers import text_folder, tiny_llama, tiny_tokenizer
+from rich.console import Console
 
-from lineament.convert.evaluate import evaluate
+from lineament.convert.evaluate import evaluate, shown
 from lineament.convert.inherit import mixer_configs
 from lineament.convert.parts import parts
 from lineament.convert.plan import Plan
 from lineament.convert.scores import Scores
 from lineament.convert.text import load_documents
 from lineament.models import build_student
+from lineament.report import Evidence
 from lineament.tasks.perplexity import context_gain, gain_kept, perplexity
 
 PLAN = Plan(window=16, sinks=2, keep="none", precision="fp32")
@@ -150,3 +154,16 @@ def test_scores_survive_numbers_that_are_none(tmp_path):
     assert torch.equal(found["a"][1:], numbers["a"][1:])
     assert int(found["b"]) == 3
     assert Scores(tmp_path, {"x": 2}).once("one/../two", lambda: {}) == {}
+
+
+def test_the_table_fits_a_terminal():
+    numbers = {"teacher": 17.57, "student": 17.74, "ratio": 1.01, "low": 1.005, "high": 1.014, "state_off": 18.15}
+    row = {"measure": "perplexity wiki-sample 2048", **numbers, "untrained": None, "goal": 1.03, "verdict": "pass"}
+    cache = {"measure": "cache bytes 32768", "teacher": 1_509_949_440, "student": 379_369_696, "ratio": 0.251}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(shown(Evidence(name="conversion", rows=[row, cache], passed=True)))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    said = " ".join(" ".join(lines).split())
+    for number in ("17.57", "17.74", "1.01", "18.15", "1.03", "pass", "1510", "379"):
+        assert number in said

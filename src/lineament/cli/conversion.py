@@ -47,12 +47,14 @@ def convert(
         from lineament.convert.encoder import run_encoder
 
         evidence = run_encoder(model, changes, out, resume=resume)
+        table = evidence.table()
     else:
         evidence = room.run(model, room.plan(plan, changes), out, budget=budget, resume=resume)
+        table = room.shown(evidence)
     if json:
         print_json(evidence.to_json())
     else:
-        show(evidence.table(), f"student: {out}", f"next: lineament generate {out} 'The linear structure of'")
+        show(table, f"student: {out}", f"next: lineament generate {out} 'The linear structure of'")
 
 
 def plans(json: Json = False) -> None:

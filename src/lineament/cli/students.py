@@ -44,7 +44,7 @@ def evaluate(
     if json:
         print_json(found.to_json())
     else:
-        show(found.table(), *([f"report: {html}"] if html else []))
+        show(room.shown(found), *([f"report: {html}"] if html else []))
 
 
 def generate(

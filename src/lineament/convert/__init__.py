@@ -1,12 +1,12 @@
 """Pretrained softmax transformers to linear time: plan, inherit, transfer, distil, measure, save.
 
 - `run(model, plan, out)` is the door; `PLANS`, `plan(name, changes)` the recipes; `inspect` shows what would happen.
-- `evaluate`, `evaluate_folder`, `write_report`: a student beside its teacher and the baselines.
+- `evaluate`, `evaluate_folder`, `write_report`: a student beside its teacher and the baselines; `shown`: as a table.
 - `DamageTable`, `kept_heads`: what stays softmax and why.
 """
 
 from lineament.convert.check import check
-from lineament.convert.evaluate import evaluate, state_off
+from lineament.convert.evaluate import evaluate, shown, state_off
 from lineament.convert.folders import evaluate_folder, inspect, write_report
 from lineament.convert.inspect import ModelInfo
 from lineament.convert.plan import Plan
@@ -33,6 +33,7 @@ __all__ = [
     "plan",
     "run",
     "shipped_table",
+    "shown",
     "state_off",
     "write_report",
 ]

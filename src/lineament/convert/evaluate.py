@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError
@@ -20,6 +21,7 @@ from lineament.data import windows
 from lineament.graph import swapped
 from lineament.nn import build
 from lineament.report import Evidence
+from lineament.report.tables import table
 from lineament.tasks.agreement import agreement
 from lineament.tasks.cost import Speed, cache_bytes, decode_speed, prefill_speed
 from lineament.tasks.haystack import Haystack
@@ -36,6 +38,7 @@ FEW_WINDOWS = 4  # fewer make no interval worth the name
 ABLE = 70.0  # percent of answer tokens that a teacher must get right for a comparison to say much
 PAIR = ("student", "teacher")
 LITTLE = 0.005  # a mean gain in perplexity below this is called next to nothing
+SHOWN = ("measure", "teacher", "student", "ratio", "lost", "state_off", "goal", "verdict")
 COSTS = ("cache bytes", "decode", "prefill")
 CACHE_CONTEXTS = (512, 2048, 8192, CACHE_CONTEXT)
 
@@ -122,6 +125,18 @@ def cost_rows(student: nn.Module, teacher: nn.Module, *, bar: Bar | None = None,
     with torch.no_grad():
         measure = _Measure(student.eval(), teacher.eval(), None, None, bar=bar, seed=0, scores=Scores(None, {}))
         return list(measure.bytes_and_speed(speed))
+
+
+def shown(evidence: Evidence) -> Table:
+    """Lay a measurement out for a terminal of 80 columns: the page and the JSON have all that was measured."""
+    rows = []
+    for row in evidence.rows:
+        if row["measure"].startswith("cache bytes"):
+            size = {name: round(row[name] / 1e6) for name in PAIR if row.get(name) is not None}
+            row = {**row, **size, "measure": row["measure"].replace("bytes", "MB")}
+        rows.append(row)
+    columns = [name for name in SHOWN if any(name in row for row in rows)]
+    return table(rows, title=f"{evidence.name}: {evidence.verdict}", columns=columns)
 
 
 def concluded(rows: Sequence[Row], *, bar: Bar | None, seed: int, seconds: float, precision: str) -> Evidence:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -25,9 +26,12 @@ def table(rows: Sequence[Row], *, title: str | None = None, columns: Iterable[st
         1
     """
     names = list(columns) if columns is not None else columns_of(rows)
-    result = Table(title=title, title_justify="left", header_style="bold")
+    result = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for name in names:
-        result.add_column(name.replace("_", " "), justify="right" if numeric(rows, name) else "left", overflow="fold")
+        number = numeric(rows, name)  # words make room before numbers do
+        result.add_column(
+            name.replace("_", " "), justify="right" if number else "left", overflow="fold", no_wrap=number
+        )
     for row in rows:
         result.add_row(*(_plain(cell(row.get(name))) for name in names))
     return result
