@@ -124,8 +124,7 @@ def _learned(text: Any, layers: int, steps: int, seed: int) -> tuple[Any, float]
 
     from lineament import train
     from lineament._base.seeds import generator, seeded
-    from lineament.tasks import perplexity
-    from lineament.tasks.characters import next_token_loss
+    from lineament.tasks import next_token_loss, perplexity
 
     shape: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4}
     with seeded(seed):

@@ -34,7 +34,7 @@ from lineament.tasks.perplexity import (
     perplexity,
     perplexity_by_length,
 )
-from lineament.tasks.predictions import token_nll
+from lineament.tasks.predictions import next_token_loss, token_nll
 from lineament.tasks.probes import PROBES, effective_rank, knn_probe, probe_depths, ridge_probe, sensitivity
 from lineament.tasks.recall import RECALLS, Recall, recall_loss, score_recall
 from lineament.tasks.restore import class_means, lowered, nearest_prototype, noisy, psnr, restoration_loss
@@ -92,6 +92,7 @@ __all__ = [
     "match3_batch",
     "match3_by_hand",
     "nearest_prototype",
+    "next_token_loss",
     "noisy",
     "pair_loss",
     "paired_points",

@@ -5,11 +5,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lineament import data, train
 from lineament._base.seeds import generator, seeded
 from lineament.tasks.perplexity import perplexity
+from lineament.tasks.predictions import next_token_loss
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,6 @@ def character_ids(name: str = "python-topics") -> tuple[Tensor, Tensor, int]:
     known = {c: i for i, c in enumerate(sorted(set("".join(texts))))}
     learnt, held_out = (torch.tensor([known[c] for c in text]) for text in texts)
     return learnt, held_out, len(known)
-
-
-def next_token_loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Mean loss in nats of ids [B, T], every token predicting the next: for `train.fit`."""
-    return model(input_ids=ids, labels=ids, use_cache=False).loss, {}
 
 
 def learn_characters(

@@ -29,9 +29,10 @@ from lineament.models import (
 )
 from lineament.models.decoder import filling
 from lineament.nn import MixerConfig, Slots, build
-from lineament.tasks.characters import character_ids, next_token_loss
+from lineament.tasks.characters import character_ids
 from lineament.tasks.cost import cache_bytes
 from lineament.tasks.perplexity import perplexity
+from lineament.tasks.predictions import next_token_loss
 from lineament.tasks.recall import Recall, recall_loss, score_recall
 
 WINDOW, SINKS = 8, 1  # what a softmax head is limited to when its damage is measured

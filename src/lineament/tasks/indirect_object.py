@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lineament import train
 from lineament._base.seeds import generator, seeded
-from lineament.tasks.characters import next_token_loss
+from lineament.tasks.predictions import next_token_loss
 
 BOS, AND, WENT, GAVE, TO = range(5)
 

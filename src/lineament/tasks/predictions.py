@@ -3,7 +3,7 @@
 49,000 words x 8,192 tokens x 4 bytes are 1.6 GB: hidden states are kept, logits are made in pieces.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,3 +82,14 @@ def token_nll(model: nn.Module, input_ids: Tensor, *, last: int | None = None, c
         for part, logits in pieces(model, hidden, chunk=chunk)
     ]
     return torch.cat(parts, dim=1)
+
+
+def next_token_loss(model: Any, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Return the mean loss of every token predicting the next, in nats: for `train.fit` and `weights.path`.
+
+    Args:
+        model: a causal language model of transformers, bare or wrapped.
+        batch: int64 [B, T], or what `lineament.data.batches` gives: {"input_ids": [B, T], "position_ids": ...}.
+    """
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    return model(**inputs, labels=inputs["input_ids"], use_cache=False).loss, {}

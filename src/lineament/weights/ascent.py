@@ -22,6 +22,7 @@ from lineament.weights.elements import Permutation, Trees, classes_in
 from lineament.weights.geometry import dot_product
 
 ROUNDS, SWEEPS, GAIN = 8, 100, 1e-12
+ROUNDING = 1e-5  # a gain below this share of the largest costs may be rounding and is measured in float64
 Tensors = dict[str, Tensor]
 
 
@@ -44,19 +45,34 @@ class Ascent:
         }
         self.dependents = {c: [d for d in self.free if c in classes[d].outer] for c in self.free}
         self.units = [c for c in self.free if not any(o in self.dependents for o in classes[c].outer)]
-        self.values = {name: dot_product(a[name], self.b[name]) for name in self.trees}
+        # of these one assignment problem tells the gain exactly: nothing depends on them, and they stand once a tensor
+        self.plain = {c for c in self.units if not (self.dependents[c] or classes[c].outer) and self._stands_once(c)}
+        self.near = {c: self._touched(c, held) for c in self.units}
+        self.waiting = set(self.units)  # units whose tensors moved since they were visited; others have nothing to gain
+        self.values: dict[str, float] = {}
+
+    def _stands_once(self, cls: int) -> bool:
+        return all(len(self.places[name, cls]) == 1 for name in self.names[cls])
+
+    def _touched(self, cls: int, held: Mapping[str, set[int]]) -> set[int]:
+        """Return the units that a step of one unit changes something for, itself included."""
+        family = {cls, *self.dependents[cls]}
+        return {unit for unit in self.units if any(family & held[name] for name in self.names[unit])}
 
     @property
     def objective(self) -> float:
         """The inner product of A with B as it stands."""
-        return math.fsum(self.values.values())
+        return math.fsum(self._value(name) for name in self.trees)
 
-    def sweep(self, order: Sequence[int]) -> float:
-        """Visit units in an order; return by how much the objective rose."""
-        before = self.objective
-        for unit in order:
-            self._visit(unit, self.names[unit], always=False)
-        return self.objective - before
+    def _value(self, name: str) -> float:
+        if name not in self.values:
+            self.values[name] = dot_product(self.a[name], self.b[name])
+        return self.values[name]
+
+    def sweep(self, order: Sequence[int]) -> bool:
+        """Visit units in an order; return whether the objective rose."""
+        rose = [self._visit(unit, self.names[unit]) for unit in order if unit in self.waiting]
+        return any(rose)
 
     def grow(self, draw: torch.Generator) -> None:
         """Visit every unit once, beginning where the sides are anchored, and look only at what is settled already."""
@@ -78,15 +94,34 @@ class Ascent:
             if self.held[name] <= settled | family and sum(len(self.places[name, c]) for c in {unit}) == 1
         ]  # fmt: skip
 
-    def _visit(self, unit: int, names: Collection[str], *, always: bool) -> None:
-        step = self._improved(unit, self.b, names)
+    def _visit(self, unit: int, names: Collection[str], *, always: bool = False) -> bool:
+        """Take a unit's best step, seen from some of its tensors, if it raises the objective; say whether it did."""
+        whole, sure = len(names) == len(self.names[unit]), always
+        if whole:
+            self.waiting.discard(unit)
+        if unit in self.plain:
+            gain = self._cost(unit, self.b, names)
+            best = _assigned(gain)
+            at = torch.arange(len(best))
+            if torch.equal(best, at):
+                return False
+            rise = float((gain[at, best] - gain.diagonal()).sum(dtype=torch.float64))
+            sure = sure or rise > ROUNDING * len(best) * float(gain.abs().max())
+            step = self._step({unit: best})
+        else:
+            step = self._improved(unit, self.b, names)
         moved = {name: step.act(name, self.b[name]) for name in self.names[unit]}
-        values = {name: dot_product(self.a[name], x) for name, x in moved.items()}
-        before = math.fsum(self.values[name] for name in moved)
-        if always or math.fsum(values.values()) > before + GAIN * abs(before):
-            self.b.update(moved)
-            self.values.update(values)
-            self.total = self.total.then(step)
+        if not sure:
+            before = math.fsum(self._value(name) for name in moved)
+            values = {name: dot_product(self.a[name], x) for name, x in moved.items()}
+            if math.fsum(values.values()) <= before + GAIN * abs(before):
+                return False
+        for name in moved:
+            self.values.pop(name, None)
+        self.b.update(moved)
+        self.total = self.total.then(step)
+        self.waiting |= self.near[unit] - ({unit} if whole and unit in self.plain else set())
+        return True
 
     def _improved(self, cls: int, b: Mapping[str, Tensor], names: Collection[str]) -> Permutation:
         """Return the best step for a class and its dependents, seen from where B stands."""

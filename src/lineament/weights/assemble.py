@@ -11,8 +11,9 @@ from lineament._base.errors import InputError
 from lineament.weights.differences import check_alike, listed
 from lineament.weights.merge import Task, check_count, find_method, merged, resolve, same_point
 from lineament.weights.point import Point
-from lineament.weights.recipe import Recipe, Slice, split_lora
+from lineament.weights.recipe import Recipe, Slice
 from lineament.weights.settings import layer_places
+from lineament.weights.sources import open_named
 from lineament.weights.vocabulary import Vocabulary, build_vocabulary, load_tokenizer, vocabulary_names, with_vocabulary
 from lineament.weights.write import Rounded, merge_card, write_point
 
@@ -57,9 +58,7 @@ def prepare(
     _chosen_template(recipe, ())
     opened = {}
     for name in recipe.models:
-        model, lora = split_lora(name)
-        point = Point.open(model, dequantise=dequantise, any_base=any_base)
-        point = Point.open(lora, base=point, any_base=any_base) if lora else point
+        point = open_named(name, dequantise=dequantise, any_base=any_base)
         opened[name] = point.untie() if untie else point
     first = recipe.base or recipe.slices[0].sources[0].model
     vocabulary = None

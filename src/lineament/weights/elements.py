@@ -110,6 +110,9 @@ class Permutation:
         for dim, tree in enumerate(self.trees[name]):
             if not (classes_in(tree) & self.perms.keys()):
                 continue
+            if len(tree) == 1 and not isinstance(tree[0], Cut) and not self.classes[tree[0].cls or 0].outer:
+                x = x.index_select(dim, self.perms[tree[0].cls].to(x.device))  # the usual case, without the detour
+                continue
             index = along(self.classes, self.trees[name], dim, self._leaf, _position)
             x = take(x, dim, index)
         return x

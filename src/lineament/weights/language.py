@@ -16,6 +16,7 @@ from lineament.weights.elements import Element
 from lineament.weights.match import match
 from lineament.weights.path import Path, path
 from lineament.weights.point import Point
+from lineament.weights.sources import open_named
 from lineament.weights.symmetry import Symmetry, symmetry
 
 EXAMPLE = torch.tensor([[1, 2, 3, 4]])
@@ -73,19 +74,18 @@ def text_windows(model: str | File, text: str | File, *, length: int, tokens: in
     from transformers import AutoTokenizer
 
     from lineament import data
-    from lineament.models import find_model
 
     split = None if File(text).exists() else "test"
-    tokenizer = AutoTokenizer.from_pretrained(find_model(model))
+    tokenizer = AutoTokenizer.from_pretrained(_folder(model, open_named(model)))
     found = data.windows(data.load_text(text, split=split), tokenizer, length, max_tokens=tokens)
     return list(found.split(4))
 
 
 def _opened(a: str | File, b: str | File) -> tuple[nn.Module, Point, Point]:
-    from lineament.models import load_teacher
+    from lineament.models import load_model
 
-    model, _ = load_teacher(a)
-    first, second = Point.open(a), Point.open(b)
+    first, second = open_named(a), open_named(b)
+    model = load_model(_folder(a, first))
     odd = sorted(
         name for name in {*first, *second}
         if name not in first or name not in second or first.shape(name) != second.shape(name)
@@ -99,6 +99,13 @@ def _opened(a: str | File, b: str | File) -> tuple[nn.Module, Point, Point]:
             f"{a} and {b} differ in {len(odd)} tensors: {listed}; only models of one architecture and size meet"
         )
     return model, first, second
+
+
+def _folder(name: str | File, point: Point) -> File:
+    """Return where a point's config and tokenizer lie: of an adapter, those of its base."""
+    if point.folder is None:
+        raise InputError(f"{name} has no config.json beside its weights; expected a folder of transformers")
+    return point.folder
 
 
 def _distance(a: Point, b: Point) -> float:

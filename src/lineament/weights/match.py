@@ -111,7 +111,7 @@ def _best(
             ascent.grow(draw)
         for _ in range(SWEEPS):
             order = [ascent.units[i] for i in torch.randperm(len(ascent.units), generator=draw).tolist()]
-            if ascent.sweep(order) <= GAIN * abs(ascent.objective):
+            if not ascent.sweep(order):
                 break
         if best is None or ascent.objective > best.objective + GAIN * abs(best.objective):
             best = ascent

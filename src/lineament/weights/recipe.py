@@ -1,6 +1,5 @@
 """Merge plans: mergekit's YAML read as it is, or the same said by flags; every field known or refused by name."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,16 +233,3 @@ def _tokens(given: Any) -> dict[str, dict[str, Any]]:
             source = _model_name(source)
         found[token] = {"source": source, "force": bool(how.get("force", False))}
     return found
-
-
-def split_lora(name: str) -> tuple[str, str | None]:
-    """Split `model+lora`; a plus in a path that exists stays.
-
-    Example:
-        >>> split_lora("base+adapter"), split_lora("base")
-        (('base', 'adapter'), ('base', None))
-    """
-    if "+" in name and not Path(name).exists():
-        model, lora = re.split(r"\+", name, maxsplit=1)
-        return model, lora
-    return name, None

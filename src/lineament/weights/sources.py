@@ -1,6 +1,7 @@
 """Opening models as points: folders, Hub names, GGUF files, safetensors files, modules, state dicts, adapters."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,30 @@ def open_point(
     else:
         point = _of_files(model, base=base, lora=lora, any_base=any_base, dequantise=dequantise)
     return _renamed(point, rename) if rename else point
+
+
+def split_lora(name: str) -> tuple[str, str | None]:
+    """Split `model+lora`; a plus in a path that exists stays.
+
+    Example:
+        >>> split_lora("base+adapter"), split_lora("base")
+        (('base', 'adapter'), ('base', None))
+    """
+    if "+" in name and not Path(name).exists():
+        model, lora = re.split(r"\+", name, maxsplit=1)
+        return model, lora
+    return name, None
+
+
+def open_named(name: str | Path, **options: Any) -> Point:
+    """Open a model by a name of the command line, `model+lora` included; options of `open_point`.
+
+    Raises:
+        InputError: as `open_point`.
+    """
+    model, lora = split_lora(str(name))
+    point = open_point(model, **options)
+    return open_point(lora, base=point, any_base=options.get("any_base", False)) if lora else point
 
 
 def _of_module(model: nn.Module, copy: bool) -> Point:
