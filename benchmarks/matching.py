@@ -1,7 +1,7 @@
 """Weight matching beside the public PyTorch port of git re-basin: the same tensors, classes and visiting order.
 
-Each run is a process of its own; runs are interleaved and the ratio is that of the medians. The port is a clone of
-github.com/themrzmaster/git-re-basin-pytorch (read from its folder, never imported by the library):
+Each side is a process of its own on one thread; runs are interleaved and the ratio is that of the medians. The port is
+a clone of github.com/themrzmaster/git-re-basin-pytorch (read from its folder, never imported by the library):
 
     python benchmarks/matching.py --peer path/to/clone [--json benchmarks/results/matching.json]
 """
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def vgg16() -> tuple[nn.Module, Tensor]:
 NETS = {"resnet20": resnet20, "resnet20, 4 times as wide": lambda: resnet20(4), "vgg16": vgg16}
 
 
+@cache
 def problem(net: str) -> tuple[Any, dict[str, Tensor], dict[str, Tensor], list[list[int]]]:
     """Return the group, two models drawn apart, and the order of every sweep as positions in the group's free list."""
     from lineament import weights
@@ -69,48 +71,50 @@ def ours(net: str, profiled: bool) -> dict[str, Any]:
     from lineament.weights.ascent import Ascent
 
     group, a, b, orders = problem(net)
+    free = group.free
 
     def run() -> Ascent:
         ascent = Ascent(group.classes, group.axes.tensors, a, b)
         for order in orders:
-            if not ascent.sweep([group.free[i] for i in order]):
+            if not ascent.sweep([free[i] for i in order]):
                 break
         return ascent
 
-    found = {"seconds": 0.0, "share": 0.0}
+    run()  # caches and allocators warm up
     if profiled:
-        found["share"] = share(run)
-        return found
-    began = time.perf_counter()
-    ascent = run()
-    found["seconds"] = time.perf_counter() - began
+        return share(run)
+    ascent, took = timed(run)
     moved = {name: ascent.total.act(name, x) for name, x in b.items()}
-    return {**found, "objective": objective(a, moved)}
+    return {**took, "objective": objective(a, moved)}
 
 
-def share(run: Any) -> float:
-    """Return which share of the time is spent inside the matrix products and the assignment solver."""
+def timed(run: Any) -> tuple[Any, dict[str, float]]:
+    began, cpu = time.perf_counter(), time.process_time()
+    out = run()
+    return out, {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+
+
+def share(run: Any) -> dict[str, float]:
+    """Return which share of the processor time is spent inside the matrix products and the assignment solver."""
     from lineament.weights import ascent
 
     spent = [0.0]
 
-    def timed(inner: Any) -> Any:
+    def watched(inner: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            out = inner(*args, **kwargs)
-            spent[0] += time.perf_counter() - began
+            out, took = timed(lambda: inner(*args, **kwargs))
+            spent[0] += took["cpu"]
             return out
 
         return call
 
     solver, product = ascent.linear_sum_assignment, Tensor.__matmul__
-    ascent.linear_sum_assignment, Tensor.__matmul__ = timed(solver), timed(product)  # type: ignore[assignment]
+    ascent.linear_sum_assignment, Tensor.__matmul__ = watched(solver), watched(product)  # type: ignore[assignment]
     try:
-        began = time.perf_counter()
-        run()
-        return spent[0] / (time.perf_counter() - began)
+        took = timed(run)[1]
     finally:
         ascent.linear_sum_assignment, Tensor.__matmul__ = solver, product  # type: ignore[assignment]
+    return {**took, "share": spent[0] / took["cpu"]}
 
 
 def theirs(net: str, peer: Path) -> dict[str, Any]:
@@ -125,27 +129,43 @@ def theirs(net: str, peer: Path) -> dict[str, Any]:
             if name in names:
                 names[name][dim] = f"P{cls}"
     spec = port.permutation_spec_from_axes_to_perm({name: tuple(axes) for name, axes in names.items()})
-    position = {f"P{cls}": i for i, cls in enumerate(group.free)}
     listed = list(spec.perm_to_axes)  # the port numbers its permutations as it meets them
-    queue = [torch.tensor([listed.index(f"P{group.free[i]}") for i in order]) for order in orders]
-    assert len(listed) == len(position)
-    drawn, torch.randperm = torch.randperm, lambda count: queue.pop(0)  # type: ignore[assignment]
-    with contextlib.redirect_stdout(io.StringIO()):
-        began = time.perf_counter()
-        perm = port.weight_matching(spec, a, b, max_iter=SWEEPS)
-        seconds = time.perf_counter() - began
-    torch.randperm = drawn
-    return {"seconds": seconds, "objective": objective(a, port.apply_permutation(spec, perm, b))}
+    queues = [[torch.tensor([listed.index(f"P{group.free[i]}") for i in order]) for order in orders] for _ in range(2)]
+    drawn = torch.randperm
+    try:
+        for queue in queues:  # the first run is to warm up
+            torch.randperm = lambda count, left=queue: left.pop(0)  # type: ignore[assignment]
+            with contextlib.redirect_stdout(io.StringIO()):
+                perm, took = timed(lambda: port.weight_matching(spec, a, b, max_iter=SWEEPS))
+    finally:
+        torch.randperm = drawn
+    return {**took, "objective": objective(a, port.apply_permutation(spec, perm, b))}
 
 
 def objective(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return sum(float((x.double() * b[name].double()).sum()) for name, x in a.items())
 
 
-def one(net: str, side: str, peer: Path) -> dict[str, Any]:
-    """Run one side in a process of its own."""
-    command = [sys.executable, __file__, "--peer", str(peer), "--net", net, "--side", side]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+class Worker:
+    """One side in a process of its own, which does one run for every line it is sent."""
+
+    def __init__(self, side: str, peer: Path) -> None:
+        command = [sys.executable, __file__, "--peer", str(peer), "--side", side]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, net: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(net, file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+
+def serve(side: str, peer: Path) -> None:
+    """Answer the lines of `Worker.run`; a net's tensors and group are made once."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        net = line.strip()
+        print(json.dumps(theirs(net, peer) if side == "theirs" else ours(net, side == "profile")), flush=True)
 
 
 def main() -> int:
@@ -161,30 +181,35 @@ def main() -> int:
         print("matching: no --peer (a clone of git-re-basin-pytorch) given; nothing to compare with")
         return 0
     if asked.side:
-        run = theirs(asked.net, asked.peer) if asked.side == "theirs" else ours(asked.net, asked.side == "profile")
-        print(json.dumps(run))
+        serve(asked.side, asked.peer)
         return 0
     from lineament.report import machine
 
+    workers = {side: Worker(side, asked.peer) for side in ("ours", "theirs", "profile")}
     rows = []
     for net in [asked.net] if asked.net else NETS:
-        runs: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
         for _ in range(1 if asked.quick else asked.repeats):
             for side, of in runs.items():
-                of.append(one(net, side, asked.peer))
-        took = {side: statistics.median(run["seconds"] for run in of) for side, of in runs.items()}
-        row = {
-            "net": net, "ours": took["ours"], "port": took["theirs"], "port / ours": took["theirs"] / took["ours"],
-            "goal": GOALS.get(net), "objective": runs["ours"][0]["objective"],
-            "port's objective": runs["theirs"][0]["objective"],
-            "in products and assignment": one(net, "profile", asked.peer)["share"], "share wanted": SHARE,
-            "all seconds": {side: [run["seconds"] for run in of] for side, of in runs.items()},
-        }  # fmt: skip
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+                of.append(workers[side].run(net))
+        rows.append(row_of(net, runs))
+        print(json.dumps(rows[-1]), flush=True)
     if asked.json:
         asked.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     return 0
+
+
+def row_of(net: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Sum up one net's runs: medians, their ratio, the objectives."""
+    took = {side: statistics.median(run["seconds"] for run in of) for side, of in runs.items()}
+    used = {side: statistics.median(run["cpu"] for run in of) for side, of in runs.items()}
+    return {
+        "net": net, "ours": took["ours"], "port": took["theirs"], "port / ours": took["theirs"] / took["ours"],
+        "port / ours, processor time": used["theirs"] / used["ours"], "goal": GOALS.get(net),
+        "objective": runs["ours"][0]["objective"], "port's objective": runs["theirs"][0]["objective"],
+        "in products and assignment": statistics.median(run["share"] for run in runs["profile"]),
+        "share wanted": SHARE, "all seconds": {side: [run["seconds"] for run in of] for side, of in runs.items()},
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lineament._base.errors import InputError
-from lineament.graph import AxisClass
+from lineament.graph import AxisClass, Cut
 from lineament.weights.blocks import Place, block, places
 from lineament.weights.elements import Permutation, Trees, classes_in
 from lineament.weights.geometry import dot_product
@@ -33,9 +34,9 @@ class Ascent:
         self, classes: Sequence[AxisClass], trees: Trees, a: Mapping[str, Tensor], b: Mapping[str, Tensor],
         start: Permutation | None = None,
     ) -> None:  # fmt: skip
-        self.classes, self.trees, self.a = classes, {name: trees[name] for name in trees if name in a}, a
+        self.classes, self.trees, self.a = classes, {name: trees[name] for name in trees if name in a}, dict(a)
         self.total = start or Permutation(classes, self.trees, {})
-        self.b = {name: self.total.act(name, b[name]) for name in self.trees}
+        self.b = {name: self.total.act(name, b[name]) if start else b[name] for name in self.trees}
         held = {name: {c for tree in tree_s for c in classes_in(tree)} for name, tree_s in self.trees.items()}
         self.free = [c for c, cls in enumerate(classes) if not cls.frozen and any(c in of for of in held.values())]
         self.names = {c: [name for name in self.trees if c in held[name]] for c in self.free}
@@ -48,11 +49,34 @@ class Ascent:
         # of these one assignment problem tells the gain exactly: nothing depends on them, and they stand once a tensor
         self.plain = {c for c in self.units if not (self.dependents[c] or classes[c].outer) and self._stands_once(c)}
         self.near = {c: self._touched(c, held) for c in self.units}
+        self.direct: dict[
+            str, tuple[int | None, int | None]
+        ] = {}  # name -> the classes of its first and last dimension
+        for name in self.trees:
+            self._lay_out(name)
         self.waiting = set(self.units)  # units whose tensors moved since they were visited; others have nothing to gain
         self.values: dict[str, float] = {}
 
     def _stands_once(self, cls: int) -> bool:
         return all(len(self.places[name, cls]) == 1 for name in self.names[cls])
+
+    def _lay_out(self, name: str) -> None:
+        """Keep a tensor in which one or two plain classes fill dimensions as [first, everything else, last].
+
+        Seen along either of the two it is a matrix then, and no cost needs a copy.
+        """
+        held = self.held[name]
+        at = {self.places[name, c][0].dim: c for c in held if c in self.plain}
+        whole = all(len(self.trees[name][d]) == 1 and not isinstance(self.trees[name][d][0], Cut) for d in at)
+        if not 1 <= len(held) <= 2 or len(at) < len(held) or not whole:
+            return
+        first, last, end = min(at), max(at), len(self.trees[name]) - 1
+        if len(at) == 1:  # one class may stay where it is at either end
+            first, last = (-1, end) if 0 < end == last else (first, -1)
+        order = [first, *(d for d in range(end + 1) if d not in (first, last)), last]
+        for side in (self.a, self.b):
+            side[name] = side[name].permute([d for d in order if d >= 0]).contiguous()
+        self.direct[name] = at.get(first), at.get(last)
 
     def _touched(self, cls: int, held: Mapping[str, set[int]]) -> set[int]:
         """Return the units that a step of one unit changes something for, itself included."""
@@ -100,17 +124,13 @@ class Ascent:
         if whole:
             self.waiting.discard(unit)
         if unit in self.plain:
-            gain = self._cost(unit, self.b, names)
-            best = _assigned(gain)
-            at = torch.arange(len(best))
-            if torch.equal(best, at):
+            best, rise, doubt = _solved(self._cost(unit, self.b, names))
+            if best is None:
                 return False
-            rise = float((gain[at, best] - gain.diagonal()).sum(dtype=torch.float64))
-            sure = sure or rise > ROUNDING * len(best) * float(gain.abs().max())
-            step = self._step({unit: best})
+            sure, step = sure or rise > doubt, self._step({unit: best})
         else:
             step = self._improved(unit, self.b, names)
-        moved = {name: step.act(name, self.b[name]) for name in self.names[unit]}
+        moved = {name: self._moved(name, unit, step) for name in self.names[unit]}
         if not sure:
             before = math.fsum(self._value(name) for name in moved)
             values = {name: dot_product(self.a[name], x) for name, x in moved.items()}
@@ -119,7 +139,11 @@ class Ascent:
         for name in moved:
             self.values.pop(name, None)
         self.b.update(moved)
-        self.total = self.total.then(step)
+        if unit in self.plain:  # what `then` comes to where nothing is nested
+            before, now = self.total.perms.get(unit), step.perms[unit]
+            self.total = self._step({**self.total.perms, unit: now if before is None else before[now]})
+        else:
+            self.total = self.total.then(step)
         self.waiting |= self.near[unit] - ({unit} if whole and unit in self.plain else set())
         return True
 
@@ -175,13 +199,29 @@ class Ascent:
 
     def _cost(self, cls: int, b: Mapping[str, Tensor], names: Collection[str]) -> Tensor:
         """Return [outer sizes ..., n, n]: the inner product of A's position i with B's position j."""
-        total: Tensor | float = 0.0
+        total: Tensor | None = None
         for name in names:
-            for place in self.places[name, cls]:
-                x, y = (block(t[name], self.trees[name], place, self.classes, cls) for t in (self.a, b))
-                total = total + x @ y.mT
-        assert isinstance(total, Tensor)
+            if name in self.direct:
+                pairs = [(self._rows(name, cls, self.a[name]), self._rows(name, cls, b[name]))]
+            else:
+                sides, trees = (self.a[name], b[name]), self.trees[name]
+                pairs = [
+                    tuple(block(x, trees, place, self.classes, cls) for x in sides) for place in self.places[name, cls]
+                ]
+            for x, y in pairs:
+                total = x @ y.mT if total is None else total + x @ y.mT
+        assert total is not None
         return total
+
+    def _moved(self, name: str, cls: int, step: Permutation) -> Tensor:
+        x = self.b[name]
+        if name not in self.direct:
+            return step.act(name, x)
+        return x.index_select(0 if cls == self.direct[name][0] else x.dim() - 1, step.perms[cls])
+
+    def _rows(self, name: str, cls: int, x: Tensor) -> Tensor:
+        """Return [n, everything else] of a tensor that was laid out, without a copy."""
+        return x.reshape(len(x), -1) if cls == self.direct[name][0] else x.reshape(-1, x.shape[-1]).mT
 
     def _agreement(self, cls: int, b: Mapping[str, Tensor]) -> Tensor:
         """Return [outer sizes ..., n]: the inner product at each position."""
@@ -200,10 +240,27 @@ class Ascent:
         return torch.arange(self.classes[cls].size).expand(*(self.classes[o].size for o in self.classes[cls].outer), -1)
 
 
+def _solved(gain: Tensor) -> tuple[Tensor | None, float, float]:
+    """Solve one assignment problem [n, n].
+
+    Returns:
+        The permutation, None where it moves nothing; the gain over moving nothing; below what it may be rounding.
+    """
+    found = gain.double().numpy()
+    best, at = _solve(found), np.arange(len(found))
+    if (best == at).all():
+        return None, 0.0, 0.0
+    rise = float((found[at, best] - found[at, at]).sum())
+    return torch.from_numpy(best), rise, ROUNDING * len(found) * float(np.abs(found).max())
+
+
+def _solve(gain: np.ndarray) -> np.ndarray:
+    if not np.isfinite(gain).all():
+        raise InputError("the costs of matching are not finite; a tensor holds NaN or infinity")
+    return linear_sum_assignment(gain, maximize=True)[1]
+
+
 def _assigned(gain: Tensor) -> Tensor:
     """Solve [..., n, n] assignment problems for the largest total gain: int64 [..., n], position -> source."""
     flat = gain.detach().reshape(-1, *gain.shape[-2:]).double().numpy()
-    if not torch.isfinite(gain).all():
-        raise InputError("the costs of matching are not finite; a tensor holds NaN or infinity")
-    found = [torch.from_numpy(linear_sum_assignment(one, maximize=True)[1]) for one in flat]
-    return torch.stack(found).view(gain.shape[:-1])
+    return torch.stack([torch.from_numpy(_solve(one)) for one in flat]).view(gain.shape[:-1])

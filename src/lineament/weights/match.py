@@ -115,7 +115,7 @@ def _best(
                 break
         if best is None or ascent.objective > best.objective + GAIN * abs(best.objective):
             best = ascent
-        if all(torch.equal(x, best.b[name]) for name, x in a.items()):
+        if all(torch.equal(x, best.b[name]) for name, x in best.a.items()):
             break  # nothing is left to gain
     assert best is not None
     return best.total
