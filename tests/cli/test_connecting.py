@@ -55,6 +55,19 @@ def test_connect_follows_the_line_and_matching_makes_it_flat(folders, tmp_path, 
     assert heights[0] != pytest.approx(0, abs=1e-5)
 
 
+def test_a_lora_on_its_base_is_an_end_of_a_line(folders, tmp_path, capsys):
+    a, b, adapter = (str(folder) for folder in (folders / "a", folders / "b", tmp_path / "lora"))
+    assert run(["merge", b, "--base", a, "--extract-lora", "4", "-o", adapter]) == 0
+    assert run(["merge", f"{a}+{adapter}", "-o", str(tmp_path / "merged")]) == 0
+    options = ["--text", str(folders / "text.txt"), "--tokens", "64", "--length", "32", "--points", "3", "--json"]
+    told = []
+    for end in (f"{a}+{adapter}", str(tmp_path / "merged")):
+        capsys.readouterr()
+        assert run(["connect", end, a, *options]) == 0
+        told.append([row["data loss"] for row in json.loads(capsys.readouterr().out)["path"]])
+    assert told[0] == pytest.approx(told[1], abs=1e-6)
+
+
 def test_models_of_other_shapes_are_refused(folders, tmp_path, capsys):
     other = tiny_teacher("llama", vocab_size=100, num_hidden_layers=2)
     other.save_pretrained(tmp_path / "other")

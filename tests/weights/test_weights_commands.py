@@ -239,6 +239,10 @@ def test_a_lora_is_extracted_and_merged_again(here, capsys):
     torch.testing.assert_close(model.get_parameter(name).data, merged[name], rtol=1e-5, atol=1e-5)
     assert run(["merge", "base+adapter", "b", "-o", "c"]) == 0
     torch.testing.assert_close(Point.open("c")[name], (merged[name] + Point.open("b")[name]) / 2)
+    tiny_teacher("llama", hidden_size=36, tie_word_embeddings=False).save_pretrained("other")
+    assert run(["merge", "other+adapter", "b", "-o", "d", "--any-base"]) == 2
+    assert "is a LoRA of another base" in capsys.readouterr().err
+    assert not list(here.glob("d*"))
     assert run(["merge", "base", "--base", "base", "--extract-lora", "3", "-o", "none"]) == 2
     assert "nothing to extract" in capsys.readouterr().err
 
