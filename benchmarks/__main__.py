@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("ops", "students", "decoders", "recipes", "other_weights", "merging", "masked")
+SCRIPTS = ("ops", "students", "decoders", "recipes", "other_weights", "merging", "matching", "masked")
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
-"""Two skills of SmolLM2 by LoRA, merged three ways and one taken out again: the numbers of docs/a-merging-story.md.
+r"""Two skills of SmolLM2 by LoRA, merged three ways and one taken out again: the numbers of docs/a-merging-story.md.
 
     pip install --no-deps botocore        # its texts are read, its code is not run
-    python benchmarks/merging_story.py --out story --json benchmarks/results/merging-story.json
+    python benchmarks/merging_story.py --out story --json benchmarks/results/merging-story.json \
+        --picture docs/merging-story.png --page docs/a-merging-story.md
 
 Every model is scored on unseen documents of both kinds, window by window, beside the base. An interrupted run goes on
 where it was: adapters that are there are not trained again.
@@ -27,6 +28,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 # in the upper half of the layers: the backward pass ends there, which saves a third of the time
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": PROJECTIONS, "layers_to_transform": [*range(15, 30)]}
 BEGINNING = 6000  # characters of each document that are used: many documents and little to tokenise
+MARKS = ("<!-- what the run printed -->", "<!-- end of the run -->")
 SHARED = 0.02  # how near to the base a text's perplexity must come back when its skill is taken out
 
 
@@ -91,6 +93,42 @@ def scored(model: nn.Module, points: dict[str, weights.Point], unseen: dict[str,
     return rows
 
 
+def tables(result: dict[str, Any]) -> str:
+    """Write the result as Markdown: what stands between the marks of the page."""
+
+    def ratio(of: Any) -> str:
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*of)
+
+    heads = [f"{kind}: perplexity | over the base | over the joint LoRA" for kind in KINDS]
+    lines = [f"| model | {' | '.join(heads)} |"]
+    lines.append("|---" * (1 + 3 * len(KINDS)) + "|")
+    for row in result["models"]:
+        cells = [
+            f"{row[f'{kind} perplexity']:.2f} | {ratio(row[f'{kind} / base'])} | {ratio(row[f'{kind} / joint'])}"
+            for kind in KINDS
+        ]
+        lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
+    barrier = ", ".join(f"{value:+.4f} on {kind} text" for kind, value in result["barrier"].items())
+    out = result["taken out"]
+    verdict = f"{'within' if out['held'] else 'not within'} {out['within']:.0%} of the base"
+    told = [
+        f"Scored tokens: {result['scored tokens']}; 95 % intervals by paired bootstrap over the windows.",
+        f"The skills stand at {result['angle between the skills, degrees']:.1f} degrees to each other.",
+        f"Barrier on the line between the two tunes, in nats per token: {barrier}.",
+        f"With its skill subtracted, python text is at {ratio(out['python / base'])} of the base: {verdict}.",
+        f"A tune minus its own skill is the base to the bit: {result['a tune minus its own skill is the base']}.",
+        f"{result['cpu seconds']:.0f} s of one core ({result['machine']['cpu']}).",
+    ]
+    return "\n".join([*lines, "", *told])
+
+
+def written(page: Path, result: dict[str, Any]) -> None:
+    """Put the tables between the marks of a page."""
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    io.write_text(page, f"{before}{MARKS[0]}\n{tables(result)}\n{MARKS[1]}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -104,6 +142,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--page", type=Path, help="put the tables into this page, between its marks")
     asked = parser.parse_args()
     began = time.process_time()
     model, tokenizer = load_teacher(asked.model)
@@ -126,7 +165,7 @@ def main() -> None:
     )  # fmt: skip
     result = {
         "machine": machine(), "settings": {k: str(v) for k, v in vars(asked).items() if v is not None and k not in
-                                           ("out", "json", "picture")},
+                                           ("out", "json", "picture", "page")},
         "lora": LORA, "scored tokens": {kind: windows.numel() for kind, windows in unseen.items()}, "models": rows,
         "angle between the skills, degrees": angle * 180 / torch.pi,
         "taken out": {"python / base": back, "within": SHARED, "held": abs(back[0] - 1) <= SHARED},
@@ -141,6 +180,8 @@ def main() -> None:
         series = {f"{kind} text": (line.t, *zip(*of["loss"], strict=True)) for kind, of in line.curves.items()}
         drawn = curve(series, xlabel="from the cloud tune (0) to the python tune (1)", ylabel="nats per token")
         io.write_bytes(asked.picture, drawn)
+    if asked.page:
+        written(asked.page, result)
 
 
 if __name__ == "__main__":

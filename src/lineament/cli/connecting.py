@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A language model: folder, Hub name, GGUF file, smollm2.")]
+Model = Annotated[str, typer.Argument(help="A language model: folder, Hub name, GGUF file, smollm2, base+lora.")]
 Restarts = Annotated[int, typer.Option(min=1, help="Random orders of matching; the best is kept.")]
 Seed = Annotated[int, typer.Option(help="Of these orders.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
