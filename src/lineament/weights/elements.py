@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lineament._base.errors import InputError
-from lineament.graph import AxisClass, Cut, Tree
+from lineament.graph import AxisClass, Cut, Leaf, Tree
 from lineament.weights.point import Point
 
 P = TypeVar("P", bound=Mapping[str, Tensor])
@@ -110,8 +110,9 @@ class Permutation:
         for dim, tree in enumerate(self.trees[name]):
             if not (classes_in(tree) & self.perms.keys()):
                 continue
-            if len(tree) == 1 and not isinstance(tree[0], Cut) and not self.classes[tree[0].cls or 0].outer:
-                x = x.index_select(dim, self.perms[tree[0].cls].to(x.device))  # the usual case, without the detour
+            leaf = tree[0]
+            if len(tree) == 1 and isinstance(leaf, Leaf) and leaf.cls is not None and not self.classes[leaf.cls].outer:
+                x = x.index_select(dim, self.perms[leaf.cls].to(x.device))  # the usual case, without the detour
                 continue
             index = along(self.classes, self.trees[name], dim, self._leaf, _position)
             x = take(x, dim, index)
