@@ -27,6 +27,7 @@ def test_a_scale_that_is_none_is_named(slug):
         "level-set-traversal",
         "linear-scope",
         "projection-head",
+        "transcoders",
     ],
 )
 def test_the_mechanics_run_and_give_no_verdict(slug):

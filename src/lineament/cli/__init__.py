@@ -23,6 +23,7 @@ from lineament.cli import (
     merging,
     papers,
     students,
+    transcoding,
 )
 
 app = typer.Typer(
@@ -73,6 +74,7 @@ for command in (
 ):
     app.command(rich_help_panel=None)(command)
 app.add_typer(composing.signature, name="signature")
+app.add_typer(transcoding.transcode, name="transcode")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,17 @@ from lineament._base.errors import InputError, near_miss
 from lineament.data.carriers import cloud_docs, docstrings, python_source, python_topics
 from lineament.data.files import SUFFIXES, from_hub, from_path
 from lineament.data.images import IMAGES, Images, image_batches, load_images, normalized
-from lineament.data.packing import PackedTokens, Tokenizer, batches, beginning, pack, split_documents, tokenize, windows
+from lineament.data.packing import (
+    PackedTokens,
+    Tokenizer,
+    batches,
+    beginning,
+    epoch_rows,
+    pack,
+    split_documents,
+    tokenize,
+    windows,
+)
 from lineament.data.patches import load_patches
 from lineament.data.wiki import wiki_sample
 
@@ -20,6 +30,7 @@ __all__ = [
     "Tokenizer",
     "batches",
     "beginning",
+    "epoch_rows",
     "image_batches",
     "load_images",
     "load_patches",

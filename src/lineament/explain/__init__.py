@@ -13,6 +13,11 @@
 - `direct_logits` (what each node writes into the answer), `patterns` (who attends to whom), `steering_vector` and
   `steered` (a direction added while a model runs).
 - `blind_spots(classifier, sources, targets) -> BlindSpots`: other images of equal confidence; `path`, `triangle`.
+- `Dictionary`: transcoders and sparse autoencoders. `.load(folder)`, `.save(folder)` in SAELens's layout;
+  `cache_activations`, `train_dictionary`, `evaluate_dictionaries` (beside `best_affine`); `placed(model, dictionary)`
+  finds where it belongs, `substituted` runs the model on it. `dashboard`, `de_embedding`, `direct_tokens` and
+  `connections` read its features; `attribute` and `into_feature` trace an answer through them,
+  `feature_circuit` finds those that do a task.
 - `coverage(model, inputs)`: operator x count x rule.
 - `infidelity`, `sensitivity`, `flipping` (`flip_curves` by row), `abpc`: how good an explanation is.
 """
@@ -28,6 +33,30 @@ from lineament.explain.blindspots import (
 from lineament.explain.circuit import Circuit, circuit, evaluate_circuit
 from lineament.explain.coverage import coverage
 from lineament.explain.depth import Depth, depth, layer_maps
+from lineament.explain.dictionaries import (
+    Activations,
+    AttributionGraph,
+    Dashboard,
+    Dictionary,
+    DictionaryConfig,
+    DictionaryScore,
+    DictionaryTraining,
+    Placed,
+    attribute,
+    best_affine,
+    cache_activations,
+    connections,
+    dashboard,
+    de_embedding,
+    direct_tokens,
+    evaluate_dictionaries,
+    feature_circuit,
+    feature_picture,
+    into_feature,
+    placed,
+    substituted,
+    train_dictionary,
+)
 from lineament.explain.direct import direct_logits
 from lineament.explain.effects import Effects, agreement, effects
 from lineament.explain.ledger import COLUMNS, Ledger
@@ -47,11 +76,18 @@ __all__ = [
     "METHODS",
     "OPERATORS",
     "RULES",
+    "Activations",
     "AlphaBeta",
+    "AttributionGraph",
     "BlindSpots",
     "Circuit",
+    "Dashboard",
     "DeepLift",
     "Depth",
+    "Dictionary",
+    "DictionaryConfig",
+    "DictionaryScore",
+    "DictionaryTraining",
     "Dynamic",
     "Effects",
     "Epsilon",
@@ -63,6 +99,7 @@ __all__ = [
     "LogitDifference",
     "Occlusion",
     "Patterns",
+    "Placed",
     "Relevance",
     "Rollout",
     "Rules",
@@ -74,20 +111,32 @@ __all__ = [
     "abpc",
     "agreement",
     "anisotropy",
+    "attribute",
+    "best_affine",
     "blind_spots",
+    "cache_activations",
     "circuit",
     "confidence_path",
     "confidence_triangle",
+    "connections",
     "coverage",
+    "dashboard",
+    "de_embedding",
     "depth",
     "direct_logits",
+    "direct_tokens",
     "effects",
     "evaluate_circuit",
+    "evaluate_dictionaries",
+    "feature_circuit",
+    "feature_picture",
     "flip_curves",
     "flipping",
     "infidelity",
+    "into_feature",
     "layer_maps",
     "patterns",
+    "placed",
     "relevance",
     "scope",
     "sensitivity",
@@ -95,4 +144,6 @@ __all__ = [
     "steered",
     "steering_vector",
     "straight_line",
+    "substituted",
+    "train_dictionary",
 ]

@@ -32,7 +32,7 @@ class Circuit:
     """A part of a model, and how well it does alone.
 
     Attributes:
-        level: what was chosen, "edge" or "node".
+        level: what was chosen, "edge", "node" or "feature".
         parts: name -> how much of the metric is lost when it alone is ablated (estimated or exact), the largest first.
         total: how many edges or nodes the model has.
         method, ablation: how they were scored, what the others are set to.
@@ -202,11 +202,11 @@ def circuit(
     say("scoring", 0, 1)
     scores = task.scores(How(method, Grid(("component",)), max(rows, 512), steps))
     say("scoring", 1, 1)
-    scored, ends = time.perf_counter() - began, _ends(task)
+    scored, ends = time.perf_counter() - began, ends_of(task)
     order = sorted(names, key=lambda name: -abs(scores[name]))
     sizes = sorted({max(1, round(share * len(names))) for share in shares} | ({size} if size else set()))
     kept = {count: alive(order[:count]) if level == "edge" else order[:count] for count in sizes}
-    curve = _curve(task, kept, ends, say)
+    curve = curve_of(task, kept, ends, say)
     wanted = [row for row in curve if (row["asked"] == size if size else row["faithfulness"] >= faithful)]
     chosen = (wanted or curve[-1:])[0]
     return Circuit(
@@ -236,7 +236,7 @@ def evaluate_circuit(
     strange = [name for name in found.parts if name not in known]
     if strange:
         raise InputError(f"the model has no {found.level} {strange[0]!r}; is the circuit of another model?")
-    ends = _ends(task)
+    ends = ends_of(task)
     return _judged(task, list(found.parts), ends) | {"whole": ends[0], "nothing": ends[1]}
 
 
@@ -257,7 +257,7 @@ def alive(edges: Sequence[str]) -> list[str]:
         pairs = left
 
 
-def _ends(task: _Task) -> tuple[float, float]:
+def ends_of(task: Any) -> tuple[float, float]:
     """Return the metric with nothing and with everything ablated."""
     ends = task.measure([]), task.measure(task.names)
     if abs(ends[0] - ends[1]) < 1e-9:
@@ -265,8 +265,8 @@ def _ends(task: _Task) -> tuple[float, float]:
     return ends
 
 
-def _curve(
-    task: _Task, kept: Mapping[int, Sequence[str]], ends: tuple[float, float], say: Callable[[str, int, int], None]
+def curve_of(
+    task: Any, kept: Mapping[int, Sequence[str]], ends: tuple[float, float], say: Callable[[str, int, int], None]
 ) -> list[dict[str, Any]]:
     curve = []
     for index, (count, parts) in enumerate(kept.items()):
@@ -277,7 +277,7 @@ def _curve(
     return curve
 
 
-def _judged(task: _Task, kept: Sequence[str], ends: tuple[float, float]) -> dict[str, float]:
+def _judged(task: Any, kept: Sequence[str], ends: tuple[float, float]) -> dict[str, float]:
     rest = list(set(task.names) - set(kept))
     shares = [(task.measure(off) - ends[1]) / (ends[0] - ends[1]) for off in (rest, kept)]
     return dict(zip(("faithfulness", "completeness"), shares, strict=True))
@@ -310,8 +310,8 @@ def _rows(inputs: Mapping[str, Any]) -> int:
 
 
 def _order(name: str) -> tuple[int, int, int]:
-    """Sort nodes as they come in the model: embed, a0.h0, ..., m0, a1.h0, ..."""
+    """Sort nodes as they come in the model: embed, a0.h0, ..., m0, a1.h0, ...; features of m0 as t0.5."""
     if name == "embed":
         return (-1, 0, 0)
-    layer, _, head = name[1:].partition(".h")
-    return (int(layer), "am".index(name[0]), int(head or 0))
+    layer, _, part = name[1:].partition(".")
+    return (int(layer), "amtse".index(name[0]), int(part.lstrip("h") or 0))

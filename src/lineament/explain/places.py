@@ -22,7 +22,9 @@ ALIASES = {
     r"blocks\.(\d+)\.attn\.hook_([qkv])": "{layers}.{0}.{attention}.{1}_proj",
     r"blocks\.(\d+)\.attn\.hook_z": "{layers}.{0}.{attention}.{out}:input",
     r"blocks\.(\d+)\.hook_attn_out": "{layers}.{0}.{attention_writes}",
+    r"blocks\.(\d+)\.mlp\.hook_in": "{layers}.{0}.{mlp}:input",
     r"blocks\.(\d+)\.mlp\.hook_post": "{layers}.{0}.{down}:input",
+    r"blocks\.(\d+)\.mlp\.hook_out": "{layers}.{0}.{mlp}",
     r"blocks\.(\d+)\.hook_mlp_out": "{layers}.{0}.{mlp_writes}",
     r"hook_embed": "{embedding}",
 }
@@ -124,12 +126,14 @@ def aliased(model: nn.Module, site: Where) -> Where:
 def _names(model: nn.Module, site: str) -> dict[str, str]:
     adapter = adapter_for(model)
     found = {"layers": adapter.layers, "attention": adapter.attention, "out": adapter.projections[-1],
-             "embedding": adapter.embedding, "down": adapter.down}  # fmt: skip
+             "embedding": adapter.embedding, "down": adapter.down, "mlp": adapter.down.rpartition(".")[0]}  # fmt: skip
     found |= dict(zip(("attention_writes", "mlp_writes"), adapter.writes or (adapter.attention, "mlp"), strict=True))
     if adapter.reads:
         found["mlp_reads"] = adapter.reads[1]
     elif "resid_mid" in site:
         raise InputError(f"where {adapter.model_type} has {site!r} is not known; name a module")
+    if "mlp.hook" in site and not found["mlp"]:
+        raise InputError(f"the MLP of {adapter.model_type} has no module of its own, so {site!r} is not known")
     return found
 
 
@@ -151,10 +155,13 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     return model(*positional, **given)
 
 
-def values_at(model: nn.Module, inputs: Mapping[str, Any], places: Sequence[Where]) -> dict[str, Tensor]:
-    """Return what each place holds."""
+def values_at(
+    model: nn.Module, inputs: Mapping[str, Any], places: Sequence[Where], *, stop: bool = False
+) -> dict[str, Tensor]:
+    """Return what each place holds. `stop`: leave the model after the last one."""
     outs, ins = tapped(model, places)
-    with torch.no_grad(), capture(model, lambda name, module: name in outs | ins, inputs=True, clone=True) as seen:
+    wanted = outs | ins
+    with torch.no_grad(), capture(model, lambda name, _: name in wanted, inputs=True, clone=True, stop=stop) as seen:
         run(model, inputs)
     for name in seen:
         if len(seen[name]) != 1:

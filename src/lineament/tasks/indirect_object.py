@@ -83,17 +83,19 @@ class IndirectObject:
         return draw
 
 
-def learned_model(language: IndirectObject, *, layers: int = 4, steps: int = 1200, seed: int = 0) -> Any:
-    """Return a small GPT-2 (width 64, 4 heads) that learned the language, in eval mode.
+def learned_model(
+    language: Any, *, layers: int = 4, steps: int = 1200, seed: int = 0, positions: int = 16, batch: int = 128
+) -> Any:
+    """Return a small GPT-2 (width 64, 4 heads) that learned a language with `vocab` and `batches`, in eval mode.
 
     The loss is on every position; on the answer alone it would stay at chance.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape: dict[str, Any] = {"n_embd": 64, "n_layer": layers, "n_head": 4, "n_positions": 16}
+    shape: dict[str, Any] = {"n_embd": 64, "n_layer": layers, "n_head": 4, "n_positions": positions}
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
     with seeded(seed):
         model = GPT2LMHeadModel(GPT2Config(vocab_size=language.vocab, **shape, **off))
     config = train.FitConfig(steps=steps, lr=1e-3, warmup=min(50, steps), seed=seed)
-    train.fit(model, language.batches(128), next_token_loss, config)
+    train.fit(model, language.batches(batch), next_token_loss, config)
     return model.eval()
