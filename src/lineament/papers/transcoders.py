@@ -112,9 +112,11 @@ def _run(
     middle = kinds[f"transcoder, penalty {penalties[len(penalties) // 2]:g}"]
     rows.append({"seed": seed, **_planted(model, middle, language, prompts)})
     own = scores["the model's own"].loss
-    curves = {kind: [(s.l0, s.loss - own) for name, s in scores.items() if name.startswith(kind)]
+    curves = {kind: [(s.l0 or 0.0, s.loss - own) for name, s in scores.items() if name.startswith(kind)]
               for kind in ("transcoder", "autoencoder")}  # fmt: skip
-    sparse = [s.recovered_of_zero for name, s in scores.items() if name.startswith("transcoder") and s.l0 <= MOST]
+    sparse = [
+        s.recovered_of_zero for name, s in scores.items() if name.startswith("transcoder") and (s.l0 or 0.0) <= MOST
+    ]
     return rows, (max(sparse, default=0.0), _ratio(**curves))
 
 
