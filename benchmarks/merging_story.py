@@ -122,11 +122,12 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *told])
 
 
-def written(page: Path, result: dict[str, Any]) -> None:
-    """Put the tables between the marks of a page."""
+def written(page: Path, result: dict[str, Any], picture: Path | None) -> None:
+    """Put the tables, and the picture that lies beside the page, between the marks of a page."""
+    shown = f"\n\n![the loss between the two tunes]({picture.name})" if picture else ""
     before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    io.write_text(page, f"{before}{MARKS[0]}\n{tables(result)}\n{MARKS[1]}{after}")
+    io.write_text(page, f"{before}{MARKS[0]}\n{tables(result)}{shown}\n{MARKS[1]}{after}")
 
 
 def main() -> None:
@@ -181,7 +182,7 @@ def main() -> None:
         drawn = curve(series, xlabel="from the cloud tune (0) to the python tune (1)", ylabel="nats per token")
         io.write_bytes(asked.picture, drawn)
     if asked.page:
-        written(asked.page, result)
+        written(asked.page, result, asked.picture)
 
 
 if __name__ == "__main__":
