@@ -104,7 +104,11 @@ def axes(model: nn.Module, *args: Any, **kwargs: Any) -> Axes:
         [(8, (('0.weight', 0), ('0.bias', 0), ('2.weight', 1)))]
     """
     traced = trace(model, *args, **kwargs)
-    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return _result(walked(traced, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]))
+
+
+def walked(traced: Traced, given: Sequence[Tensor]) -> Walk:
+    """Walk over a trace until no packed axis asks to be seen in pieces."""
     hints: dict[tuple[str, int], tuple[int, ...]] = {}
     for _ in range(PASSES):
         walk = Walk(traced, hints)
@@ -113,7 +117,7 @@ def axes(model: nn.Module, *args: Any, **kwargs: Any) -> Axes:
         if not wanted:
             break
         hints |= wanted
-    return _result(walk)
+    return walk
 
 
 class Walk:

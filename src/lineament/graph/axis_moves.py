@@ -103,7 +103,7 @@ def view(walk: Walk, node: fx.Node, x: Tensorlike, *rest: Any, **options: Any) -
         x = x.whole(node.name)
     out: list[Axis] = []
     pieces: tuple[int, list[Axis], list[list[Axis]]] | None = None
-    for axes, group in _groups([size_of(axis) for axis in x.dims], sizes):
+    for axes, group in runs_of([size_of(axis) for axis in x.dims], sizes):
         joined: Axis = tuple(atom for i in axes for atom in x.dims[i])
         if pieces is None and len(group) > 1:
             pieces = _view_in_pieces(walk, node, joined, len(out), group)
@@ -130,7 +130,7 @@ def view(walk: Walk, node: fx.Node, x: Tensorlike, *rest: Any, **options: Any) -
     )
 
 
-def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def runs_of(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Pair the dimensions of a view: runs of old ones with the runs of new ones of the same product."""
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0
@@ -189,7 +189,7 @@ def _view_pieces(x: Pieces, sizes: Sequence[int]) -> Pieces | Value | None:
     """View pieces where the view leaves their dimension alone, or joins it with the ones behind it."""
     totals = [size_of(axis) for axis in x.values[0].dims]
     totals[x.dim] = sum(size_of(value.dims[x.dim]) for value in x.values)
-    groups = _groups(totals, sizes)
+    groups = runs_of(totals, sizes)
     at = 0
     for axes, group in groups:
         if x.dim in axes:
@@ -211,7 +211,7 @@ def _view_pieces(x: Pieces, sizes: Sequence[int]) -> Pieces | Value | None:
 
 def _plain_view(x: Value, sizes: Sequence[int]) -> Value:
     out: list[Axis] = []
-    for axes, group in _groups([size_of(axis) for axis in x.dims], sizes):
+    for axes, group in runs_of([size_of(axis) for axis in x.dims], sizes):
         joined: Axis = tuple(atom for i in axes for atom in x.dims[i])
         split = regroup(joined, group)
         if split is None:

@@ -1,12 +1,15 @@
 """A model's forward pass as one flat graph of ATen operators, with parameters and buffers as inputs."""
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -21,6 +24,7 @@ class Traced:
     Attributes:
         module: the graph; its placeholders are the parameters, the buffers, then the tensors among the arguments. It
             returns the list of the tensors in the output. Composite operators (linear, layer_norm, ...) stay whole.
+            `module_of(node)` names the module that a node comes from.
         parameters, buffers: their names, each tied tensor once.
         inputs: how many argument tensors there are.
         constants: the buffers as they were: tables that no state dict holds.
@@ -50,7 +54,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
         args, kwargs: of its forward pass. Shapes are fixed in the trace.
 
     Raises:
-        InputError: the forward pass can't be traced (it depends on the values of tensors), with the reason.
+        InputError: the forward pass can't be traced (it depends on the values of tensors), with the reason and the
+            place: module and line.
 
     Example:
         >>> traced = trace(nn.Linear(2, 3), torch.zeros(1, 2))
@@ -73,9 +78,10 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
 
     flat = [tensor.detach() for tensor in (*parameters.values(), *buffers.values())] + [leaves[i] for i in at]
     modes = [(module, module.training) for module in model.modules()]
+    places: list[str] = []
     try:
         model.eval()
-        with _exporting(), plain_autograd(), torch.no_grad():
+        with _exporting(), plain_autograd(), torch.no_grad(), _naming(model, places):
             traced = make_fx(forward, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
             module = traced(*flat)
     except (InputError, MemoryError):
@@ -83,14 +89,54 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
     except Exception as error:
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{type(model).__name__} can't be traced ({what}); its forward pass must not depend on the values of "
-            "tensors. Experts of transformers: model.set_experts_implementation('batched_mm')"
+            f"{type(model).__name__} can't be traced{_place(error, places)} ({what}); its forward pass must not depend "
+            "on the values of tensors. Experts of transformers: model.set_experts_implementation('batched_mm')"
         ) from error
     finally:
         for each, training in modes:
             each.training = training
     constants = {name: tensor.detach() for name, tensor in buffers.items()}
     return Traced(module, tuple(parameters), tuple(buffers), len(at), constants)
+
+
+def module_of(node: fx.Node) -> str:
+    """Return the dotted name of the module in whose forward pass a node of a trace was made; "" is the model's own."""
+    return node.meta.get("custom", {}).get("module", "")
+
+
+@contextmanager
+def _naming(model: nn.Module, places: list[str]) -> Iterator[None]:
+    """Write the module's name into every node; `places` is the stack of the modules that run."""
+
+    def enter(module: nn.Module, args: Any) -> None:
+        places.append(names[module])
+        fx_traceback.current_meta["custom"] = {"module": places[-1]}
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        places.pop()
+        fx_traceback.current_meta["custom"] = {"module": places[-1] if places else ""}
+
+    names = {module: name for name, module in model.named_modules()}
+    hooks = [module.register_forward_pre_hook(enter) for module in names]
+    hooks += [module.register_forward_hook(leave) for module in names]
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _place(error: Exception, places: Sequence[str]) -> str:
+    """Say in which module and line of the model's code tracing ended."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_machinery(frame.filename)]
+    line = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""
+    name = next((name for name in reversed(places) if name), "")
+    return f" at {name or 'its forward pass'}{line}" if name or line else ""
+
+
+def _is_machinery(file: str) -> bool:
+    return file == __file__ or file.startswith(str(Path(torch.__file__).parent)) or file.startswith("<")
 
 
 @contextmanager
