@@ -15,10 +15,9 @@ from lineament.graph.axes import POINTWISE, Walk, walked
 from lineament.graph.diagrams import layers, moves, windows
 from lineament.graph.diagrams.build import Builder, Draft, DraftOp, View, folded
 from lineament.graph.diagrams.fuse import fused
-from lineament.graph.diagrams.names import named
+from lineament.graph.diagrams.names import identity, named
 from lineament.graph.diagrams.rules import RULES, pointwise
 from lineament.graph.diagrams.term import Axis, Data, Op, Port, Result, Term
-from lineament.graph.terms import Atom, root
 from lineament.graph.trace import Traced, module_of
 
 VIEWS = {"slice", "select", "narrow", "view", "transpose", "permute", "unbind", "split", "chunk", "expand", "unsqueeze"}
@@ -152,14 +151,16 @@ def _numbered(b: Builder, ops: Sequence[DraftOp], results: Sequence[View]) -> Te
     """Give values and axes their numbers, in the order in which operators meet them."""
     drafts = [*b.inputs, *(v for op in ops for v, _ in (*op.inputs, *op.outputs)), *(view.value for view in results)]
     values = {draft: i for i, draft in enumerate(dict.fromkeys(drafts))}
-    atoms: dict[Atom, int] = {}
+    atoms: dict[Any, int] = {}
+    sizes: list[int] = []
     for draft in values:
         for atom in draft.axes:
-            atoms.setdefault(root(atom), len(atoms))
-    names = named(list(atoms), list(values), ops)
-    axes = tuple(Axis(name, atom.size) for atom, name in zip(atoms, names, strict=True))
+            if atoms.setdefault(identity(atom), len(atoms)) == len(sizes):
+                sizes.append(atom.size)
+    names = named(list(atoms), list(values), ops, [view.value for view in results])
+    axes = tuple(Axis(name, size, what) for size, (name, what) in zip(sizes, names, strict=True))
     data = tuple(
-        Data(tuple(atoms[root(a)] for a in draft.axes), draft.origin, draft.name, draft.cuts, draft.dims)
+        Data(tuple(atoms[identity(a)] for a in draft.axes), draft.origin, draft.name, draft.cuts, draft.dims)
         for draft in values
     )
     made = tuple(

@@ -81,10 +81,9 @@ class Builder:
         self.inputs: list[Draft] = []
         self.env: dict[fx.Node, Any] = {}
         self.frame = ""
-        self.kept: list[Tensor] = []  # constants that no node of the trace holds
         self.counts: dict[str, int] = {"operators": 0, "constant": 0}
         self._labels = 0
-        self._constants: dict[tuple[int, tuple[int, ...]], View] = {}
+        self._constants: dict[tuple[int, tuple[int, ...]], tuple[Tensor, View]] = {}
 
     # values
 
@@ -130,8 +129,8 @@ class Builder:
             atoms = [[Atom(size) for size in dim] for dim in sizes]
             draft = Draft([a for dim in atoms for a in dim], "constant", tensor=x.reshape([*key[1]]))
             draft.dims = tuple(len(dim) for dim in atoms)
-            self._constants[key] = View(draft, _runs(atoms))
-        return self._constants[key]
+            self._constants[key] = (x, View(draft, _runs(atoms)))  # x is held, so that its id stays its own
+        return self._constants[key][1]
 
     # labels
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lineament.graph.diagrams.build import Draft, DraftOp
-from lineament.graph.diagrams.moves import replaced, weight_part
+from lineament.graph.diagrams.moves import replaced, split_weight, weight_part
 from lineament.graph.terms import Atom
 
 LOW = -1e4
@@ -307,22 +307,23 @@ def gate(uses: Uses, op: DraftOp) -> DraftOp | None:
 
 
 def parts(uses: Uses, op: DraftOp) -> DraftOp | None:
-    """Part of what a learned map gives is what part of its weights gives, where only parts are read."""
-    if op.kind != "slice" or op.attrs.get("step", 1) != 1:
+    """Part of what a learned map gives is what part of its weights gives; a split of its axis is one of theirs."""
+    if op.kind not in ("slice", "reshape") or op.attrs.get("step", 1) != 1:
         return None
     (x, own), (y, out) = op.inputs[0], op.outputs[0]
-    made, slot = x.maker, own.index(op.attrs["label"])
-    if made is None or made.kind != "einsum" or x in uses.results:
+    made, gone, fresh = x.maker, [each for each in own if each not in out], [each for each in out if each not in own]
+    if made is None or made.kind != "einsum" or x in uses.results or len(gone) != 1:
         return None
-    if any(reader.kind != "slice" or reader.inputs[0][1].index(reader.attrs["label"]) != slot
-           for reader in uses.readers[x]):  # fmt: skip
+    slot, label = own.index(gone[0]), made.outputs[0][1][own.index(gone[0])]
+    if not all(_parts_too(reader, x, slot) for reader in uses.readers[x]):
         return None
-    label, fresh = made.outputs[0][1][slot], [each for each in out if each not in own]
     atoms: list[Atom] = [y.axes[out.index(each)] for each in fresh]
     ports = []
     for value, run in made.inputs:
         if label in run:
-            part = weight_part(value, run.index(label), op.attrs["start"], op.attrs["stop"], atoms)
+            at = run.index(label)
+            span = (op.attrs["start"], op.attrs["stop"]) if op.kind == "slice" else (0, x.axes[slot].size)
+            part = weight_part(value, at, *span, atoms) if op.kind == "slice" else split_weight(value, at, atoms)
             if part is None:
                 return None
             value, run = part, replaced(run, label, fresh)
@@ -331,6 +332,15 @@ def parts(uses: Uses, op: DraftOp) -> DraftOp | None:
     uses.replace([op], DraftOp("einsum", ports, [(y, outward)], made.attrs, made.frame))
     _forget(uses, made)
     return None
+
+
+def _parts_too(reader: DraftOp, x: Draft, slot: int) -> bool:
+    """Say whether a reader takes parts of an axis or splits it, and does nothing else."""
+    if reader.kind not in ("slice", "reshape") or reader.attrs.get("step", 1) != 1:
+        return False
+    own, out = reader.inputs[0][1], reader.outputs[0][1]
+    kept = [label for i, label in enumerate(own) if i != slot]
+    return [label for label in out if label in own] == kept and own[slot] not in out
 
 
 FUSIONS: tuple[Callable[[Uses, DraftOp], DraftOp | None], ...] = (rms, rotary, after, parts, after, hidden, scales, gate)

@@ -41,7 +41,6 @@ def attention(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
     keep = a.attn_mask
     if a.is_causal:
         keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-        b.kept.append(keep)
     if isinstance(keep, Tensor) and keep.dtype == torch.bool:
         views, labels, out = line_up(b, [scores, keep])
         scores = b.emit("mask", list(zip(views, labels, strict=True)), out, fill=-torch.inf)

@@ -76,11 +76,15 @@ def squeeze(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "_reshape_copy")
 def view(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
-    return viewed(b, me(a), shape(node))
+    return viewed(b, me(a), shape(node), b.atoms(node))
 
 
-def viewed(b: Builder, x: View, sizes: Sequence[int]) -> View:
-    """Read a value in other dimensions; an axis is split, or joined and split anew, only where the sizes ask for it."""
+def viewed(b: Builder, x: View, sizes: Sequence[int], atoms: Sequence[Sequence[Atom]] = ()) -> View:
+    """Read a value in other dimensions; an axis is split, or joined and split anew, only where the sizes ask for it.
+
+    `atoms` are the axes that the walk found for the new dimensions.
+    """
+    old = x.value
     groups = runs_of(x.shape, sizes)
     x = x.with_dims([[slot for i in axes for slot in x.dims[i]] for axes, _ in groups])
     found: list[tuple[int, list[int]]] = []
@@ -100,7 +104,12 @@ def viewed(b: Builder, x: View, sizes: Sequence[int]) -> View:
                 run.append(left.pop(0))
                 size //= x.size(run[-1])
             out.append(run)
-    return x.with_dims(out)
+    x = x.with_dims(out)
+    for i, known in enumerate(atoms if x.value is not old else ()):
+        for slot, atom in zip(x.dims[i], known, strict=False) if x.sizes(i) == [a.size for a in known] else ():
+            if isinstance(slot, int) and all(x.value.axes[slot] is not each for each in old.axes):
+                x.value.axes[slot] = atom
+    return x
 
 
 @rule("expand", "expand_as", "broadcast_to")
@@ -171,6 +180,15 @@ def weight_part(value: Draft, slot: int, start: int, stop: int, atoms: Sequence[
     dims = tuple(n + len(atoms) - 1 if d == dim else n for d, n in enumerate(value.dims))
     axes = [*value.axes[:slot], *atoms, *value.axes[slot + 1 :]]
     return Draft(axes, "weight", value.name, (*value.cuts, (dim, start * inner, stop * inner)), dims)
+
+
+def split_weight(value: Draft, slot: int, atoms: Sequence[Atom]) -> Draft | None:
+    """Return a weight with one axis split; None for another value."""
+    if value.origin != "weight":
+        return None
+    ends = list(accumulate(value.dims))
+    dims = tuple(n + (len(atoms) - 1) * (end - n <= slot < end) for n, end in zip(value.dims, ends, strict=True))
+    return Draft([*value.axes[:slot], *atoms, *value.axes[slot + 1 :]], "weight", value.name, value.cuts, dims)
 
 
 def replaced(labels: Sequence[int], label: int, by: Sequence[int]) -> tuple[int, ...]:

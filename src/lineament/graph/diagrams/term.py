@@ -7,6 +7,7 @@ output is summed over (a cup), one that stands at an input and at the output run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +20,11 @@ OPAQUE = "opaque"
 
 @dataclass(frozen=True)
 class Axis:
-    """A set of positions. Equal sizes don't make axes equal."""
+    """A set of positions, with a word for what it is. Equal sizes don't make axes equal."""
 
     name: str
     size: int
+    what: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,36 @@ class Term:
         """Opaque operators among all that are not constant."""
         return self.counts.get(OPAQUE, 0) / max(1, self.counts.get("operators", 0))
 
+    def flops(self, op: Op) -> int:
+        """Return twice the multiplications of a product that sums over something; 0 for every other operator."""
+        factors = op.inputs[: len(op.inputs) - bool(op.attrs.get("bias"))]
+        if op.kind != "einsum" or len(factors) < 2:
+            return 0
+        sizes = {label: n for port in factors for label, n in zip(port.labels, self.sizes(port.value), strict=True)}
+        return 2 * math.prod(sizes.values()) if set(sizes) - set(op.outputs[0].labels) else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the term as plain values, without the entries of its constants."""
+        named = {i: [self.axes[a].name for a in data.axes] for i, data in enumerate(self.values)}
+        return {
+            "axes": [{"name": axis.name, "size": axis.size, "what": axis.what} for axis in self.axes],
+            "values": [
+                {"axes": named[i], "origin": data.origin, "name": data.name, "cuts": [list(cut) for cut in data.cuts]}
+                for i, data in enumerate(self.values)
+            ],
+            "ops": [
+                {
+                    "kind": op.kind, "frame": op.frame, "flops": self.flops(op),
+                    "inputs": [{"value": p.value, "labels": list(p.labels)} for p in op.inputs],
+                    "outputs": [{"value": p.value, "labels": list(p.labels)} for p in op.outputs],
+                    "attrs": {key: _plain(value) for key, value in op.attrs.items()},
+                }
+                for op in self.ops
+            ],
+            "inputs": list(self.inputs), "results": [result.value for result in self.results],
+            "operators": dict(self.counts), "opaque_share": self.opaque_share,
+        }  # fmt: skip
+
     def signature(self, ops: Sequence[Op] | None = None, *, sizes: bool = True) -> tuple[Any, ...]:
         """Return what is left of a term (or of some of its operators) without names: equal for equal algorithms.
 
@@ -148,9 +180,18 @@ UNSEEN = ("fill", "source")
 """Attributes in which two spellings of one algorithm may differ."""
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value if finite and isinstance(value, bool | int | float | str | None) else str(value)
+
+
 def _relabelled(key: str, value: Any, labels: Mapping[int, int]) -> Any:
     if key not in LABELLED:
-        return value
+        return float(f"{value:.12g}") if isinstance(value, float) else value
     if isinstance(value, int):
-        return labels.get(value, value)
-    return tuple(labels.get(label, label) for label in value)
+        return labels.get(value, -1)
+    return tuple(labels.get(label, -1) for label in value)
