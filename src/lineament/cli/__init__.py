@@ -18,6 +18,7 @@ from lineament.cli import (
     connecting,
     conversion,
     depth,
+    diagrams,
     doctor,
     explaining,
     merging,
@@ -70,6 +71,7 @@ for command in (
     explaining.scope,
     depth.depth,
     blindspots.blindspots,
+    diagrams.diagram,
     doctor.doctor,
 ):
     app.command(rich_help_panel=None)(command)

@@ -171,28 +171,38 @@ def explain_image(model: str, image: str | Path, *, target: int | None = None, r
     )  # fmt: skip
 
 
+def classifier_of(folder: Path) -> Any:
+    """Return the image classifier in a folder, in eval mode."""
+    from transformers import AutoModelForImageClassification
+
+    try:
+        return AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True).eval()
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"{folder} can't be loaded as an image classifier: {str(error).splitlines()[0]}") from error
+
+
 def picture_of(model: str, image: Path) -> tuple[nn.Module, Tensor, Any]:
     """Return an image classifier, a picture as it takes it, and its image processor."""
     from PIL import Image, UnidentifiedImageError
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoImageProcessor
 
     from lineament.models import find_model
 
     if not image.is_file():
         raise InputError(f"{image} does not exist; expected a picture file")
     folder = find_model(model)
+    net = classifier_of(folder)
     try:
-        net: Any = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True)
         processor = AutoImageProcessor.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"{folder} can't be loaded as an image classifier: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{folder} has no image processor: {str(error).splitlines()[0]}") from error
     try:
         with Image.open(image) as opened:
             mode = "L" if getattr(net.config, "num_channels", 3) == 1 else "RGB"
             pixels = processor(opened.convert(mode), return_tensors="pt")["pixel_values"]
     except UnidentifiedImageError as error:
         raise InputError(f"{image} is not a picture") from error
-    return net.eval().float(), pixels.to(torch.float32), processor
+    return net.float(), pixels.to(torch.float32), processor
 
 
 def coverage_of(model: str, text: str, *, rules: Any = "auto") -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 """Any model's inside, by one `Where`: select, swap, capture, patch, and run it layer by layer.
 
 `trace(model, ...)` is its forward pass as one graph of ATen operators, `axes(model, ...)` the identity of every axis in
-it. `residual_stream` and the measures on it say what each layer of a decoder writes, and what comes of it.
+it, `diagram(model, ...)` what is done to them, drawn and runnable. `residual_stream` and the measures on it say what each
+layer of a decoder writes, and what comes of it.
 """
 
 from lineament.graph.axes import Axes, AxisClass, Cut, Leaf, Tree, axes
 from lineament.graph.capture import Captured, Patch, capture, patch
+from lineament.graph.diagrams import Diagram, Term, diagram
 from lineament.graph.residual import (
     LinearMaps,
     SkipEffects,
@@ -31,11 +33,13 @@ __all__ = [
     "Batch",
     "Captured",
     "Cut",
+    "Diagram",
     "Leaf",
     "LinearMaps",
     "Patch",
     "SkipEffects",
     "Stream",
+    "Term",
     "Traced",
     "Tree",
     "Where",
@@ -43,6 +47,7 @@ __all__ = [
     "capture",
     "contributions",
     "depth_score",
+    "diagram",
     "direct_effects",
     "effective_depth",
     "hidden_of",
