@@ -32,6 +32,7 @@ COMMANDS = [
     "scope",
     "depth",
     "blindspots",
+    "diagram",
 ]
 
 
@@ -58,6 +59,7 @@ def test_every_help_has_an_example(command, capsys):
         (["convert", "smollm2", "-o", "x", "--budget", "soon"], "15min"),
         (["reproduce", "hedgehogg"], "Did you mean 'hedgehog'"),
         (["papr"], "papers"),
+        (["diagram", "smollm2", "-o", "x.pdf"], "expected .svg"),
         (["plans", "--jsn"], "--json"),
     ],
 )

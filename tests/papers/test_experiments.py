@@ -26,6 +26,7 @@ def test_a_scale_that_is_none_is_named(slug):
         "i-lora",
         "level-set-traversal",
         "linear-scope",
+        "neural-circuit-diagrams",
         "projection-head",
         "transcoders",
     ],

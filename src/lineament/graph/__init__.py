@@ -1,8 +1,8 @@
 """Any model's inside, by one `Where`: select, swap, capture, patch, and run it layer by layer.
 
 `trace(model, ...)` is its forward pass as one graph of ATen operators, `axes(model, ...)` the identity of every axis in
-it, `diagram(model, ...)` what is done to them, drawn and runnable. `residual_stream` and the measures on it say what each
-layer of a decoder writes, and what comes of it.
+it, `diagram(model, ...)` what is done to them, drawn and runnable. `residual_stream` and the measures on it say what
+each layer of a decoder writes, and what comes of it.
 """
 
 from lineament.graph.axes import Axes, AxisClass, Cut, Leaf, Tree, axes

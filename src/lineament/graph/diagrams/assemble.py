@@ -71,7 +71,7 @@ def _called(b: Builder, node: fx.Node) -> Any:
         return args[0][args[1]]
     if "val" not in node.meta or not any(isinstance(x, Tensor) for x in pytree.tree_leaves(node.meta["val"])):
         return None
-    given = [x for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, View))]
+    given = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, View))
     if not any(isinstance(x, View) for x in given) and not name.startswith("rand"):
         b.counts["constant"] += 1
         return folded(node, args, kwargs)
@@ -120,7 +120,9 @@ def _refuse_writing(b: Builder, node: fx.Node, name: str) -> None:
     source = source.args[0] if Walk.name(source) == "getitem" else source
     if Walk.name(source) in VIEWS:
         place = f" at {b.frame}" if b.frame else ""
-        raise InputError(f"{name}_{place} writes into a part of a tensor; a diagram has no place for that: make a new one")
+        raise InputError(
+            f"{name}_{place} writes into a part of a tensor; a diagram has no place for that: make a new one"
+        )
 
 
 def _check(found: Any, node: fx.Node) -> None:

@@ -1,8 +1,8 @@
 """From a traced graph to the operators of a term: which label stands at which axis.
 
 The walk of `graph.axes` says of every dimension which axes it is made of; here each operator is put into labels. A
-`View` is a value as the model sees it: its dimensions as runs of the value's axes. Views, transposes and expansions only
-change this reading.
+`View` is a value as the model sees it: its dimensions as runs of the value's axes. Views, transposes and expansions
+only change this reading.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class Builder:
         weak: dict[int, bool] = {}
         for value, labels in ports:
             for label, atom in zip(labels, value.axes, strict=True):
-                if label not in atoms or weak[label] and not (atom.wild or value.origin == "constant"):
+                if label not in atoms or (weak[label] and not (atom.wild or value.origin == "constant")):
                     atoms[label], weak[label] = atom, atom.wild or value.origin == "constant"
         atoms |= fresh or {}
         if order is None:

@@ -56,8 +56,10 @@ class Diagram:
 
     def html(self, *, fold: bool = True) -> str:
         """Return a page with the drawing and, below it, the text."""
-        body = f"<h1>{escape(self.name)}</h1>{self.svg(fold=fold)}<h2>In words</h2><pre>{escape(self.text(fold=fold))}</pre>"
-        return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(self.name)}</title>{PAGE}</head><body>{body}</body></html>\n'
+        name, said = escape(self.name), escape(self.text(fold=fold))
+        head = f'<head><meta charset="utf-8"><title>{name}</title>{PAGE}</head>'
+        body = f"<h1>{name}</h1>{self.svg(fold=fold)}<h2>In words</h2><pre>{said}</pre>"
+        return f'<!doctype html><html lang="en">{head}<body>{body}</body></html>\n'
 
     def to_json(self) -> dict[str, Any]:
         """Return the term as plain values."""
@@ -124,8 +126,9 @@ class Diagram:
         blocks = [f"{cell.name}, {cell.times} times" if cell.times > 1 else cell.name
                   for cell in shown[0].cells if cell.op is None]  # fmt: skip
         made = f"made of the blocks {'; '.join(blocks)}" if blocks else "without blocks"
+        axes = len(drawing.shown_names(self.term, shown))
         return (
-            f"{self.name}: {len(self.term.ops)} operators on {len(drawing.shown_names(self.term, shown))} axes, {made}. "
+            f"{self.name}: {len(self.term.ops)} operators on {axes} axes, {made}. "
             "Wires are axes and run from left to right; every sign has a title. The text form lists all operators."
         )
 

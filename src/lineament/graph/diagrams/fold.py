@@ -98,7 +98,7 @@ def _whole(term: Term, value: int) -> Port:
 
 def _drawn(term: Term) -> set[int]:
     """Return the values with wires: those that depend on an input; a result always."""
-    live = {v for v in term.inputs} | {result.value for result in term.results}
+    live = set(term.inputs) | {result.value for result in term.results}
     for op in term.ops:
         if any(port.value in live for port in op.inputs):
             live |= {port.value for port in op.outputs}
@@ -154,7 +154,9 @@ def _prefix(frame: str) -> str | None:
     return found[0] if found else None
 
 
-def _runs(term: Term, ops: Sequence[Op], live: set[int], results: Sequence[int]) -> list[tuple[str | None, list[list[Op]]]]:
+def _runs(
+    term: Term, ops: Sequence[Op], live: set[int], results: Sequence[int]
+) -> list[tuple[str | None, list[list[Op]]]]:
     """Cut operators into blocks by module, and join blocks that follow one another and are alike."""
     units: list[tuple[str | None, list[Op]]] = []
     for op in ops:
@@ -175,7 +177,9 @@ def _runs(term: Term, ops: Sequence[Op], live: set[int], results: Sequence[int])
     return found
 
 
-def _ends(block: Sequence[Op], ops: Sequence[Op], live: set[int], results: Sequence[int]) -> tuple[list[int], list[int]]:
+def _ends(
+    block: Sequence[Op], ops: Sequence[Op], live: set[int], results: Sequence[int]
+) -> tuple[list[int], list[int]]:
     """Return the values that a block takes from outside and those that are read outside, in order."""
     made = {port.value: None for op in block for port in op.outputs}
     inward = dict.fromkeys(p.value for op in block for p in op.inputs if p.value in live and p.value not in made)

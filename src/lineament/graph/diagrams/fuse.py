@@ -97,7 +97,7 @@ def rms(uses: Uses, op: DraftOp) -> DraftOp | None:
     pair = _factors(op)
     if pair is None and _is_map(op, "div") and len(op.inputs) == 2 and op.attrs["args"] == ({"at": 0}, {"at": 1}):
         pair = list(op.inputs)
-    for (x, own), (r, kept) in ([pair, pair[::-1]] if pair else ()):
+    for (x, own), (r, kept) in [pair, pair[::-1]] if pair else ():
         found = _mean_square(uses, op, x, r)
         if found is None or set(own) != set(op.outputs[0][1]):
             continue
@@ -131,7 +131,7 @@ def after(uses: Uses, op: DraftOp) -> DraftOp | None:
     pair = _factors(op)
     if op.kind == "add" and len(op.inputs) == 2:
         pair = list(op.inputs)
-    for (x, own), (w, labels) in ([pair, pair[::-1]] if pair else ()):
+    for (x, own), (w, labels) in [pair, pair[::-1]] if pair else ():
         made = uses.alone(x)
         if made is None or not uses.is_learned(w) or set(own) != set(op.outputs[0][1]) or not set(labels) <= set(own):
             continue
@@ -343,4 +343,13 @@ def _parts_too(reader: DraftOp, x: Draft, slot: int) -> bool:
     return [label for label in out if label in own] == kept and own[slot] not in out
 
 
-FUSIONS: tuple[Callable[[Uses, DraftOp], DraftOp | None], ...] = (rms, rotary, after, parts, after, hidden, scales, gate)
+FUSIONS: tuple[Callable[[Uses, DraftOp], DraftOp | None], ...] = (
+    rms,
+    rotary,
+    after,
+    parts,
+    after,
+    hidden,
+    scales,
+    gate,
+)

@@ -18,7 +18,7 @@ from lineament.graph.diagrams.term import Repeat
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
 def softmax(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
-    x = getattr(a, "self")
+    x = a.self
     return normalised(b, x, a.dim % len(x.dims), log="log" in b.walk.name(node))
 
 
@@ -138,7 +138,7 @@ def reduce(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
 
 @rule("cumsum", "cumprod", "logcumsumexp", "flip", "roll")
 def scan(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
-    x, fn = b.view_of(getattr(a, "self")), b.walk.name(node)
+    x, fn = b.view_of(a.self), b.walk.name(node)
     dims = getattr(a, "dim", None) if hasattr(a, "dim") else a.dims
     dims = [dims] if isinstance(dims, int) else list(dims)
     if not dims:
@@ -161,13 +161,13 @@ def embedding(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
 
 @rule("index_select")
 def index_select(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
-    x = b.view_of(getattr(a, "self"))
+    x = b.view_of(a.self)
     return taken(b, x, [a.dim % len(x.dims)], [b.view_of(a.index)], a.dim % len(x.dims))
 
 
 @rule("index")
 def index(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
-    x, used = b.view_of(getattr(a, "self")), [(i, each) for i, each in enumerate(a.indices) if each is not None]
+    x, used = b.view_of(a.self), [(i, each) for i, each in enumerate(a.indices) if each is not None]
     nodes = [each for each in node.args[1] if each is not None]  # pyright: ignore[reportOptionalIterable, reportGeneralTypeIssues]
     if any(each.meta["val"].dtype == torch.bool for each in nodes):
         return b.opaque(node, list(vars(a).values()), {})
@@ -193,7 +193,7 @@ def taken(b: Builder, x: View, at: Sequence[int], given: Sequence[Any], first: i
 
 @rule("gather")
 def gather(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
-    x, numbers = b.view_of(getattr(a, "self")), b.view_of(a.index)
+    x, numbers = b.view_of(a.self), b.view_of(a.index)
     dim = a.dim % len(x.dims)
     others = [i for i in range(len(x.dims)) if i != dim]
     if any(x.shape[i] != numbers.shape[i] for i in others):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from lineament.graph.diagrams.fold import Cell, Panel
 from lineament.graph.diagrams.signs import Sign, sign
@@ -145,7 +146,7 @@ class _Layout:
         x, top = 6.0, 0.0
         self._label_all(self.panel.inputs, x, top)
         x += self._label_width(self.panel.inputs) + 4
-        starts = {value: 6.0 for value in self.panel.inputs}
+        starts = dict.fromkeys(self.panel.inputs, 6.0)
         for at, column in enumerate(self.columns):
             wide = max((self.signs[id(c)].width for c in column), default=16.0) + 14
             made = [p.value for c in column for p in c.outputs]
@@ -171,7 +172,9 @@ class _Layout:
     def _passes(self, value: int, at: int) -> bool:
         return value in self.lane and self.made[value] < at and max(self.reads[value]) > at
 
-    def _next_row(self, at: int, x: float, top: float, starts: Mapping[int, float]) -> tuple[float, float, dict[int, float]]:
+    def _next_row(
+        self, at: int, x: float, top: float, starts: Mapping[int, float]
+    ) -> tuple[float, float, dict[int, float]]:
         """End a row and begin the next one with the same wires."""
         self.out.width = max(self.out.width, x + 14)
         alive = [v for v in self.made if self.made[v] < at and max(self.reads.get(v, [-1])) >= at]
@@ -234,8 +237,12 @@ class _Layout:
                   for s in range(self.count(p.value))}  # fmt: skip
         outward = {(i, s): self.after[p.value] + top + s * PITCH for i, p in enumerate(cell.outputs)
                    for s in range(self.count(p.value))}  # fmt: skip
-        given = [(label, inward[i, s], p.value, s) for i, p in enumerate(cell.inputs) for s, label in enumerate(p.labels)]
-        found = [(label, outward[i, s], p.value, s) for i, p in enumerate(cell.outputs) for s, label in enumerate(p.labels)]
+        given = [
+            (label, inward[i, s], p.value, s) for i, p in enumerate(cell.inputs) for s, label in enumerate(p.labels)
+        ]
+        found = [
+            (label, outward[i, s], p.value, s) for i, p in enumerate(cell.outputs) for s, label in enumerate(p.labels)
+        ]
         through = {label for label, *_ in given} & {label for label, *_ in found} if cell.op is not None else set()
         over = set(cell.op.attrs.get("over", ())) if cell.op and cell.op.kind in ("softmax", "norm") else set()
         ended = [y for label, y, *_ in given if label not in through or label in over]
@@ -258,7 +265,7 @@ class _Layout:
         self.out.marks.append(Mark(mine, left, y0, right, y1, words, cell.op.kind if cell.op else "block"))
 
     def _span(self, mine: Sign, own: list[float], every: list[float]) -> tuple[float, float]:
-        if mine.shape == "pill" or not own and mine.shape not in ("block", "none"):
+        if mine.shape == "pill" or (not own and mine.shape not in ("block", "none")):
             return min(every) - 19, min(every) - 5
         if mine.shape in ("block", "none"):
             return min(every) - 9, max(every) + 9
@@ -319,7 +326,7 @@ class _Layout:
         spans = [(self.after[p.value], self.count(p.value)) for c in self.columns[at] for p in c.outputs]
         spans += [(y, self.count(v)) for v, y in self.lane.items() if self._passes(v, at)]
         spans.sort()
-        for (y, n), (z, _) in zip(spans, spans[1:], strict=False):
+        for (y, n), (z, _) in pairwise(spans):
             bottom = y + (n - 1) * PITCH
             if z - bottom > 12:
                 self.out.dashes.append((x0 - 4, x1 + 4, (bottom + z - 6) / 2 + top))

@@ -238,9 +238,7 @@ def unbind(b: Builder, node: fx.Node, a: SimpleNamespace) -> tuple[View, ...]:
 def split(b: Builder, node: fx.Node, a: SimpleNamespace) -> tuple[View, ...]:
     x, dim = me(a), a.dim % len(me(a).dims)
     edges = [0, *accumulate(int(each.shape[dim]) for each in node.meta["val"])]
-    return tuple(
-        cut(b, x, dim, start, stop, b.atoms(node, i)[dim]) for i, (start, stop) in enumerate(pairwise(edges))
-    )
+    return tuple(cut(b, x, dim, start, stop, b.atoms(node, i)[dim]) for i, (start, stop) in enumerate(pairwise(edges)))
 
 
 @rule("cat", "concat", "concatenate", "stack")
@@ -286,7 +284,9 @@ def pad(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
     x, value = me(a), number(getattr(a, "value", 0) or 0)
     if getattr(a, "mode", "constant") != "constant" or min(a.pad) < 0:
         return b.opaque(node, list(vars(a).values()), {})
-    widths = {len(x.dims) - 1 - i: pair for i, pair in enumerate(zip(a.pad[::2], a.pad[1::2], strict=True)) if any(pair)}
+    widths = {
+        len(x.dims) - 1 - i: pair for i, pair in enumerate(zip(a.pad[::2], a.pad[1::2], strict=True)) if any(pair)
+    }
     for dim in widths:
         x = b.single(x, dim)
     labels = b.labels(x)
@@ -315,4 +315,3 @@ def pixel_shuffle(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
     read = viewed(b, x, [*lead, c, sizes[-2], r, sizes[-1], r])
     n, d = len(lead), read.dims
     return read.with_dims([*d[:n], (*d[n], *d[n + 2], *d[n + 4]), d[n + 1], d[n + 3]])
-

@@ -66,7 +66,9 @@ def named(
 
 
 def _by_label(op: DraftOp) -> dict[int, Atom]:
-    return {label: axis for value, run in (*op.inputs, *op.outputs) for label, axis in zip(run, value.axes, strict=True)}
+    return {
+        label: axis for value, run in (*op.inputs, *op.outputs) for label, axis in zip(run, value.axes, strict=True)
+    }
 
 
 def _by_kind(op: DraftOp, call: Call, letters: Mapping[Identity, str]) -> None:

@@ -58,9 +58,7 @@ def line_up(b: Builder, given: Sequence[Any]) -> tuple[list[View], list[Labels],
         if isinstance(x, View):
             for at in range(-len(x.dims), 0):
                 like[at] = like[at] or x.sizes(at) or None
-    views = [
-        x if isinstance(x, View) else b.view_of(x, [like[at] or [] for at in range(-x.dim(), 0)]) for x in given
-    ]
+    views = [x if isinstance(x, View) else b.view_of(x, [like[at] or [] for at in range(-x.dim(), 0)]) for x in given]
     for at in range(-rank, 0):
         having = [i for i, v in enumerate(views) if len(v.dims) >= -at and v.dims[at] and math.prod(v.sizes(at)) != 1]
         for i in [*having[1:], *having[1:-1]]:
@@ -100,9 +98,7 @@ def _given(ports: Sequence[tuple[View, Labels]], b: Builder) -> list[int]:
     return list(dict.fromkeys(found))  # pyright: ignore[reportReturnType]
 
 
-def product(
-    b: Builder, ports: list[tuple[View, Labels]], out: Labels, bias: tuple[View, Labels] | None = None
-) -> View:
+def product(b: Builder, ports: list[tuple[View, Labels]], out: Labels, bias: tuple[View, Labels] | None = None) -> View:
     """Enter a product of values, summed over the labels that are not in `out`."""
     order = in_place(ports, out, b)
     extra = {"bias": True} if bias else {}
@@ -157,7 +153,7 @@ def addmm(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
     found = found if a.alpha == 1 else scaled(b, found, a.alpha)
     if a.beta == 0:
         return found
-    bias = b.view_of(getattr(a, "self"))
+    bias = b.view_of(a.self)
     return added(b, [found, bias if a.beta == 1 else scaled(b, bias, a.beta)])
 
 
@@ -236,7 +232,7 @@ def scaled(b: Builder, x: View, by: float) -> View:
 
 @rule("mul", "multiply")
 def mul(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
-    x, y = getattr(a, "self"), a.other
+    x, y = a.self, a.other
     if number(y) is not None or number(x) is not None:
         return scaled(b, *((x, number(y)) if number(y) is not None else (y, number(x))))
     views, labels, out = line_up(b, [x, y])
@@ -247,19 +243,19 @@ def mul(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
 def div(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
     by = number(a.other)
     if by and getattr(a, "rounding_mode", None) is None:
-        return scaled(b, getattr(a, "self"), 1 / by)
-    args = [getattr(a, "self"), a.other]
+        return scaled(b, a.self, 1 / by)
+    args = [a.self, a.other]
     return pointwise(b, node, args, {"rounding_mode": a.rounding_mode} if getattr(a, "rounding_mode", None) else {})
 
 
 @rule("neg", "negative")
 def neg(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
-    return scaled(b, getattr(a, "self"), -1.0)
+    return scaled(b, a.self, -1.0)
 
 
 @rule("add")
 def add(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
-    x, y = getattr(a, "self"), a.other
+    x, y = a.self, a.other
     if number(x) is None and number(y) is None and getattr(a, "alpha", 1) == 1:
         return added(b, [x, y])
     return pointwise(b, node, [x, y], {"alpha": a.alpha} if getattr(a, "alpha", 1) != 1 else {})
@@ -288,7 +284,7 @@ def masked(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
 def glu(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
     from lineament.graph.diagrams.moves import cut
 
-    x, dim = getattr(a, "self"), a.dim % len(getattr(a, "self").dims)
+    x, dim = a.self, a.dim % len(a.self.dims)
     half = x.shape[dim] // 2
     first, second = cut(b, x, dim, 0, half, []), cut(b, x, dim, half, 2 * half, [])
     labels = b.labels(second)

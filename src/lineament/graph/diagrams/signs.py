@@ -46,7 +46,7 @@ def short(name: str) -> str:
 
 def _function(names: list[str]) -> str:
     heads = [name.split(".")[0] for name in names]
-    if "tanh" in heads and "pow" in heads or "erf" in heads:
+    if ("tanh" in heads and "pow" in heads) or "erf" in heads:
         return "GELU"
     return heads[0] if len(heads) == 1 else "f"
 
@@ -63,7 +63,11 @@ def _product(term: Term, op: Op) -> Sign:
         name = term.values[weights[0]].name
         under = "+" if op.attrs.get("bias") else ""
         inside = set(op.outputs[0].labels)
-        if all(set(port.labels) <= inside for port in op.inputs) and len(op.inputs) > len(weights) and not _adds(term, op):
+        if (
+            all(set(port.labels) <= inside for port in op.inputs)
+            and len(op.inputs) > len(weights)
+            and not _adds(term, op)
+        ):
             return Sign("pill", "×", over=short(name), words=f"multiply by the learned {name}", bold=True)
         words = f"learned linear map {name}" + (" with bias" if under else "")
         return Sign("box", "L", over=short(name), under=under, words=words, bold=True)
@@ -113,7 +117,8 @@ def _take(term: Term, op: Op) -> Sign:
 
 
 def _scale(term: Term, op: Op) -> Sign:
-    return Sign("pill", "−" if op.attrs["by"] == -1 else f"×{op.attrs['by']:.3g}", words=f"scale by {op.attrs['by']:.6g}")
+    by = op.attrs["by"]
+    return Sign("pill", "−" if by == -1 else f"×{by:.3g}", words=f"scale by {by:.6g}")
 
 
 def _mask(term: Term, op: Op) -> Sign:
@@ -149,7 +154,8 @@ def _plain(term: Term, op: Op) -> Sign:
 
 
 PLAIN = {
-    "softmax": ("triangle", "", "SoftMax"), "rotary": ("pill", "RoPE", "rotary positions: pairs are turned by their place"),
+    "softmax": ("triangle", "", "SoftMax"),
+    "rotary": ("pill", "RoPE", "rotary positions, pairs turned by their place"),
     "batch norm": ("pill", "BN", "batch norm"), "cat": ("box", "⊕", "laid end to end"),
     "pad": ("box", "pad", "padded"), "scan": ("box", "fn", "running along an axis"),
     "reshape": ("box", "≡", "axis split or joined"), "spread": ("box", "★ᵀ", "added into larger windows"),

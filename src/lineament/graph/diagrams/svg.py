@@ -13,10 +13,12 @@ from lineament.graph.diagrams.term import Term
 LIGHT = ("#0072b2", "#c2500a", "#00805a", "#a1488e", "#8f6a00", "#3b5bdb", "#b3261e", "#2b7a78", "#6b4fa0", "#5b6770")
 DARK = ("#56b4e9", "#f5854a", "#2cc69a", "#d691cf", "#e6b84a", "#91a7ff", "#ff8a80", "#6fd3d0", "#b9a2ea", "#a8b3bc")
 GAP = "\u2003"
-STYLE = """svg{--p:#fff;--k:#1c2126;--s:#5f6a73;--t:#f4f6f7;background:var(--p);font-family:'DejaVu Sans',Verdana,sans-serif}
+STYLE = """svg{--p:#fff;--k:#1c2126;--s:#5f6a73;--t:#f4f6f7;background:var(--p)}
+svg{font-family:'DejaVu Sans',Verdana,sans-serif}
 @media(prefers-color-scheme:dark){svg{--p:#171b1f;--k:#e8ecef;--s:#a1abb3;--t:#22282d}}
 .w{fill:none;stroke-width:1.7}.w:hover{stroke-width:4}.h{fill:none;stroke:var(--p);stroke-width:5}
-.o rect,.o path{fill:var(--t);stroke:var(--k);stroke-width:1.1}.o text{fill:var(--k);font-size:11.5px;text-anchor:middle}
+.o rect,.o path{fill:var(--t);stroke:var(--k);stroke-width:1.1}
+.o text{fill:var(--k);font-size:11.5px;text-anchor:middle}
 .o tspan{font-size:8px;font-weight:400}.n rect{fill:transparent;stroke:none}.q rect{stroke-dasharray:3 2}
 .o.b rect{fill:none}.b1 text{font-weight:700}.l{font-size:10.5px;font-style:italic}
 .d{fill:var(--k)}.g{stroke:var(--s);stroke-width:1;stroke-dasharray:4 4;fill:none}
@@ -56,16 +58,13 @@ def svg(term: Term, panels: Sequence[Panel], title: str, words: str) -> str:
         y += drawn.height + 26
         width = max(width, drawn.width + 40, 40 + 8.2 * len(head))
     legend, y = _legend(term, names, width, y)
-    text = f"<title>{escape(title)}</title><desc>{escape(words)}</desc>"
+    tones = ((LIGHT, "svg{%s}"), (DARK, "@media(prefers-color-scheme:dark){svg{%s}}"))
     style = STYLE + "".join(_tone(i) for i in range(len(LIGHT)))
-    dark = "".join(f"--a{i}:{c};" for i, c in enumerate(DARK))
-    light = "".join(f"--a{i}:{c};" for i, c in enumerate(LIGHT))
-    style += f"svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {y:g}" width="{width:g}" height="{y:g}" '
-        f'role="img" aria-labelledby="t d">{text.replace("<title>", chr(60) + "title id=" + chr(34) + "t" + chr(34) + ">")}'
-        f"<style>{style}</style>{''.join(parts)}{legend}</svg>\n"
-    ).replace("<desc>", '<desc id="d">')
+    style += "".join(rule % "".join(f"--a{i}:{c};" for i, c in enumerate(colours)) for colours, rule in tones)
+    size = f'viewBox="0 0 {width:g} {y:g}" width="{width:g}" height="{y:g}"'
+    head = f'<title id="t">{escape(title)}</title><desc id="d">{escape(words)}</desc><style>{style}</style>'
+    body = head + "".join(parts) + legend
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-labelledby="t d">{body}</svg>\n'
 
 
 def _tone(i: int) -> str:
@@ -87,9 +86,13 @@ def _panel(drawn: Drawing, colours: Mapping[int, int]) -> str:
         found.append(f'<path class="g" d="{"".join(f"M{a:g} {y:g}H{b:g}" for a, b, y in drawn.dashes)}"/>')
     if drawn.dots:
         dots = dict.fromkeys(drawn.dots)
-        found.append(f'<path class="d" d="{"".join(f"M{x - 3:g} {y:g}a3 3 0 1 0 6 0a3 3 0 1 0 -6 0" for x, y in dots)}"/>')
+        found.append(
+            f'<path class="d" d="{"".join(f"M{x - 3:g} {y:g}a3 3 0 1 0 6 0a3 3 0 1 0 -6 0" for x, y in dots)}"/>'
+        )
     found += [_mark(mark) for mark in drawn.marks]
-    found += [f'<text class="l a{colours[axis]}" x="{x:g}" y="{y:g}">{name}</text>' for x, y, axis, name in drawn.labels]
+    found += [
+        f'<text class="l a{colours[axis]}" x="{x:g}" y="{y:g}">{name}</text>' for x, y, axis, name in drawn.labels
+    ]
     return "".join(found)
 
 
@@ -123,7 +126,5 @@ def _legend(term: Term, names: Mapping[int, str], width: float, y: float) -> tup
         line.append(f'<tspan class="a{colours[axis]}">{escape(text)}</tspan>')
         room += 6.8 * (len(text) + 3)
     lines += [line] if line else []
-    found = [
-        f'<text class="m" x="20" y="{y + 16 * (i + 1):g}">{GAP.join(each)}</text>' for i, each in enumerate(lines)
-    ]
+    found = [f'<text class="m" x="20" y="{y + 16 * (i + 1):g}">{GAP.join(each)}</text>' for i, each in enumerate(lines)]
     return "".join(found), y + 16 * len(lines) + 18

@@ -95,7 +95,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Term:
-    """A model's computation. Operators are in order; `constants` holds tables that depend on shapes and buffers only."""
+    """A model's computation. Operators are in order; `constants` are tables that depend on shapes and buffers only."""
 
     axes: tuple[Axis, ...]
     values: tuple[Data, ...]

@@ -68,7 +68,9 @@ def conv(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
     else:
         padding = [(p, p) for p in _each(0 if a.padding == "valid" else a.padding, count)]
     kernel = [[rows.value.axes[s] for s in run if isinstance(s, int)] for run in rows.dims[3:]]
-    x = through_windows(b, node, x, sizes, stride=_each(a.stride, count), padding=padding, dilation=dilation, axes=kernel)
+    x = through_windows(
+        b, node, x, sizes, stride=_each(a.stride, count), padding=padding, dilation=dilation, axes=kernel
+    )
     x, rows = b.agree(x, 1, rows, 0)
     x, rows = b.agree(x, 2, rows, 2)
     own, columns = b.labels(x), b.labels(rows)
@@ -139,7 +141,7 @@ def pool(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
     count, most = int(name[-2]), name.startswith("max")
     sizes, padding = _each(a.kernel_size, count), _each(a.padding, count)
     stride = _each(a.stride, count) if a.stride not in (None, []) else sizes
-    uneven = not most and (any(padding) and not a.count_include_pad or getattr(a, "divisor_override", None))
+    uneven = not most and ((any(padding) and not a.count_include_pad) or getattr(a, "divisor_override", None))
     if a.ceil_mode or uneven:
         return b.opaque(node, list(vars(a).values()), {})
     dilation = _each(a.dilation, count) if most else [1] * count
@@ -150,7 +152,7 @@ def pool(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
 
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d")
 def adaptive_pool(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
-    x, name = b.view_of(getattr(a, "self")), b.walk.name(node)
+    x, name = b.view_of(a.self), b.walk.name(node)
     count, most = int(name[-2]), "max" in name
     wanted = _each(a.output_size, count)
     have = x.shape[-count:]
@@ -180,7 +182,5 @@ def upsample(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
     factors = [n / m for n, m in zip(shape(node)[-count:], x.shape[-count:], strict=True)]
     if any(f != int(f) for f in factors):
         return b.opaque(node, list(vars(a).values()), {})
-    last = [
-        (*run, Repeat(int(f))) if f != 1 else run for run, f in zip(x.dims[-count:], factors, strict=True)
-    ]
+    last = [(*run, Repeat(int(f))) if f != 1 else run for run, f in zip(x.dims[-count:], factors, strict=True)]
     return x.with_dims([*x.dims[:-count], *last])
