@@ -72,19 +72,36 @@ def addmm(walk: Walk, node: fx.Node, bias: Value, x: Value, y: Value, **options:
 
 @rule("einsum")
 def einsum(walk: Walk, node: fx.Node, equation: str, operands: Sequence[Value], **options: Any) -> Value:
-    given, _, wanted = equation.replace(" ", "").partition("->")
-    axes: dict[str, Axis] = {}
-    if "..." in equation or not wanted:
-        return walk.opaque(node, operands)
-    for letters, value in zip(given.split(","), operands, strict=True):
+    given, wanted = letters_of(equation, [len(value.dims) for value in operands])
+    axes: dict[str | int, Axis] = {}
+    for letters, value in zip(given, operands, strict=True):
         for letter, axis in zip(letters, value.dims, strict=True):
-            axes[letter] = merge(axes[letter], axis, node.name) if axes.get(letter) else axis
+            axes[letter] = (
+                merge(axes[letter], axis, node.name) if axes.get(letter) and axis else axes.get(letter) or axis
+            )
     hidden = frozenset().union(*(value.hidden for value in operands))
-    shared = [axes[c] for c in axes if all(c in letters for letters in given.split(","))]
-    walk.saw(Value(shared, hidden))
+    everywhere = [c for c in axes if all(c in letters for letters in given)]
+    walk.saw(Value([axes[c] for c in everywhere], hidden))
     for c in set(axes) - set(wanted):
-        walk.saw(Value([*(axes[d] for d in wanted if all(d in part for part in given.split(","))), axes[c]], hidden))
+        walk.saw(Value([*(axes[d] for d in wanted if d in everywhere), axes[c]], hidden))
     return Value([axes[c] for c in wanted], hidden)
+
+
+def letters_of(equation: str, ranks: Sequence[int]) -> tuple[list[list[str | int]], list[str | int]]:
+    """Return the letters of an equation's operands and of its output; an ellipsis is numbers, 1 at its right end."""
+    terms, arrow, wanted = equation.replace(" ", "").partition("->")
+    given = [_spelled(term, rank) for term, rank in zip(terms.split(","), ranks, strict=True)]
+    every = [c for letters in given for c in letters]
+    most = max((c for c in every if isinstance(c, int)), default=0)
+    if arrow:
+        return given, _spelled(wanted, len(wanted.replace("...", "")) + most)
+    once = sorted(c for c in set(every) if isinstance(c, str) and every.count(c) == 1)
+    return given, [*range(most, 0, -1), *once]
+
+
+def _spelled(term: str, rank: int) -> list[str | int]:
+    before, dots, after = term.partition("...")
+    return [*before, *(range(rank - len(before) - len(after), 0, -1) if dots else ()), *after]
 
 
 @rule("linalg_solve_triangular")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lineament.graph.axis_rules import shape
+from lineament.graph.axis_rules import letters_of, shape
 from lineament.graph.diagrams.build import Builder, Labels, View
 from lineament.graph.diagrams.term import Repeat
 from lineament.graph.terms import Atom
@@ -159,17 +159,8 @@ def addmm(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
 
 @rule("einsum")
 def einsum(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
-    given, arrow, wanted = a.equation.replace(" ", "").partition("->")
     views = [b.view_of(x) for x in a.tensors]
-    terms = given.split(",")
-    letters = [_spelled(term, len(view.dims)) for term, view in zip(terms, views, strict=True)]
-    flat_letters = [c for run in letters for c in run]
-    if arrow:
-        most = max((c for c in flat_letters if isinstance(c, int)), default=0)
-        out = _spelled(wanted, len(wanted.replace("...", "")) + most)
-    else:
-        dots = sorted({c for c in flat_letters if isinstance(c, int)}, reverse=True)
-        out = [*dots, *sorted(c for c in set(flat_letters) if isinstance(c, str) and flat_letters.count(c) == 1)]
+    letters, out = letters_of(a.equation, [len(view.dims) for view in views])
     if any(len(set(run)) < len(run) for run in letters):
         return b.opaque(node, (a.equation, a.tensors), {})  # a diagonal within one tensor
     for _ in range(2):
@@ -184,14 +175,6 @@ def einsum(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
         for at, c in enumerate(run):
             runs[c] = tie(runs[c], own[at]) if runs.get(c) and own[at] else runs.get(c) or list(own[at])
     return product(b, list(zip(views, labels, strict=True)), [runs[c] for c in out])
-
-
-def _spelled(term: str, rank: int) -> list[str | int]:
-    """Return the letters of a term; places of an ellipsis are numbered from the right, from 1."""
-    before, dots, after = term.partition("...")
-    if not dots:
-        return list(before)
-    return [*before, *range(rank - len(before) - len(after), 0, -1), *after]
 
 
 # elementwise
