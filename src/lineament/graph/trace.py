@@ -136,7 +136,7 @@ def _place(error: Exception, places: Sequence[str]) -> str:
 
 
 def _is_machinery(file: str) -> bool:
-    return file == __file__ or file.startswith(str(Path(torch.__file__).parent)) or file.startswith("<")
+    return file == __file__ or file.startswith(str(Path(str(torch.__file__)).parent)) or file.startswith("<")
 
 
 @contextmanager

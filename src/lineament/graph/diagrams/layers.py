@@ -115,7 +115,7 @@ def group_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
 @rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp", "prod", "all", "any")
 def reduce(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
     x, fn = b.view_of(next(iter(vars(a).values()))), b.walk.name(node)
-    dims = getattr(a, "dim", None)
+    dims: Any = getattr(a, "dim", None)
     dims = list(range(len(x.dims))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
     dims = [dim % max(1, len(x.dims)) for dim in dims]
     for dim in dims:
@@ -139,7 +139,7 @@ def reduce(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
 @rule("cumsum", "cumprod", "logcumsumexp", "flip", "roll")
 def scan(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
     x, fn = b.view_of(a.self), b.walk.name(node)
-    dims = getattr(a, "dim", None) if hasattr(a, "dim") else a.dims
+    dims: Any = a.dim if hasattr(a, "dim") else a.dims
     dims = [dims] if isinstance(dims, int) else list(dims)
     if not dims:
         return b.opaque(node, list(vars(a).values()), {})
@@ -149,7 +149,9 @@ def scan(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
             continue
         x = b.single(x, dim)
         labels = b.labels(x)
-        shift = {"shift": a.shifts if isinstance(a.shifts, int) else a.shifts[i]} if fn == "roll" else {}
+        shift: dict[str, Any] = (
+            {"shift": a.shifts if isinstance(a.shifts, int) else a.shifts[i]} if fn == "roll" else {}
+        )
         x = b.emit("scan", [(x, labels)], labels, fn=fn, label=labels[dim][0], **shift)
     return x
 

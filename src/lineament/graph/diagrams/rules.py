@@ -90,18 +90,18 @@ def in_place(ports: Sequence[tuple[View, Labels]], out: Labels, b: Builder) -> l
 
 
 def _given(ports: Sequence[tuple[View, Labels]], b: Builder) -> list[int]:
-    found: list[int] = []
+    found: list[Any] = []
     for view, own in ports:
         places = {s: x for dim, run in zip(view.dims, own, strict=True) for s, x in zip(dim, run, strict=True)
                   if isinstance(s, int)}  # fmt: skip
         found += [places[i] for i in sorted(places)]
-    return list(dict.fromkeys(found))  # pyright: ignore[reportReturnType]
+    return list(dict.fromkeys(found))
 
 
 def product(b: Builder, ports: list[tuple[View, Labels]], out: Labels, bias: tuple[View, Labels] | None = None) -> View:
     """Enter a product of values, summed over the labels that are not in `out`."""
     order = in_place(ports, out, b)
-    extra = {"bias": True} if bias else {}
+    extra: dict[str, Any] = {"bias": True} if bias else {}
     return b.emit("einsum", [*ports, *([bias] if bias else [])], out, order=order, **extra)
 
 
@@ -216,8 +216,9 @@ def scaled(b: Builder, x: View, by: float) -> View:
 @rule("mul", "multiply")
 def mul(b: Builder, node: fx.Node, a: SimpleNamespace) -> View:
     x, y = a.self, a.other
-    if number(y) is not None or number(x) is not None:
-        return scaled(b, *((x, number(y)) if number(y) is not None else (y, number(x))))
+    for value, by in ((x, number(y)), (y, number(x))):
+        if by is not None:
+            return scaled(b, value, by)
     views, labels, out = line_up(b, [x, y])
     return product(b, list(zip(views, labels, strict=True)), out)
 

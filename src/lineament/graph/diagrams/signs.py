@@ -87,7 +87,8 @@ def _map(term: Term, op: Op) -> Sign:
     fn, args = op.attrs["fn"].split(".")[0], op.attrs["args"]
     numbers = [x for x in args if isinstance(x, int | float) and not isinstance(x, bool)]
     names = {"pow": "^", "add": "+", "sub": "−", "div": "÷", "rsub": "−", "_to_copy": "cast", "clone": "copy"}
-    text = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "sigmoid": "σ"}.get(fn, names.get(fn, fn.strip("_")))
+    names |= {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "sigmoid": "σ"}
+    text = str(names.get(fn, fn.strip("_")))
     if len(op.inputs) == 1 and len(numbers) == 1 and fn in ("pow", "add", "sub", "mul", "div"):
         text = f"{text}{numbers[0]:.3g}"
     live = [p for p in op.inputs if term.values[p.value].origin in ("op", "input")]
@@ -127,7 +128,7 @@ def _mask(term: Term, op: Op) -> Sign:
 
 
 def _reduce(term: Term, op: Op) -> Sign:
-    fn = {"amax": "max", "amin": "min", "sum": "Σ"}.get(op.attrs["fn"], op.attrs["fn"])
+    fn = str({"amax": "max", "amin": "min", "sum": "Σ"}.get(op.attrs["fn"], op.attrs["fn"]))
     return Sign("box", fn, words=f"{fn} over the axes that end here")
 
 
