@@ -189,9 +189,9 @@ class Builder:
         if len(slots) == 1 and not isinstance(slots[0], Repeat):
             return view
         view = self.real(view, dim)
-        slots, old = view.dims[dim], view.value.axes
+        slots, old = [slot for slot in view.dims[dim] if isinstance(slot, int)], view.value.axes
         others = [i for i in range(len(old)) if i not in slots]
-        first = min(slots) if slots else len(old)
+        first = min(slots, default=len(old))
         before = [i for i in others if i < first]
         order = [*before, *slots, *(i for i in others if i >= first)]
         joined = Atom(math.prod(view.sizes(dim)))
