@@ -25,6 +25,7 @@ def test_a_scale_that_is_none_is_named(slug):
         "hourglass-mlp",
         "i-lora",
         "level-set-traversal",
+        "lightnet",
         "linear-scope",
         "neural-circuit-diagrams",
         "projection-head",

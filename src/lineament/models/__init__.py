@@ -28,13 +28,14 @@
 - `widen(model, groups)`: neighbouring layers as one wide layer; `with_mlps(model, {layer: Experts})`, `experts_of`,
   `set_active_`: other feed-forward layers. Ordinary folders both.
 - `deep_linear(sizes)`, `dense_classifier(sizes)`, `masked_classifier(sizes, groups)`, `residual_classifier(...)`,
-  `ResidualClassifier()`: small nets to study.
+  `ResidualClassifier()`, `GridClassifier(mixers, width)` (patches as tokens): small nets to study.
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
 from lineament.models.adapters import ADAPTERS, Adapter, adapter_for, attentions, head_shape, sliding_layers
 from lineament.models.cache import StudentCache
 from lineament.models.classifiers import (
+    GridClassifier,
     ResidualClassifier,
     deep_linear,
     dense_classifier,
@@ -80,6 +81,7 @@ __all__ = [
     "DecoderForCausalLM",
     "DecoderModel",
     "Family",
+    "GridClassifier",
     "Prefilled",
     "ResidualClassifier",
     "SpedUp",

@@ -1,13 +1,14 @@
-"""Small nets to study on: deep linear ones, an MLP, plain or masked, and a ResNet of the size of ResNet20."""
+"""Small nets to study on: deep linear ones, an MLP, plain or masked, a ResNet of ResNet20's size, pixels as tokens."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lineament.nn import MaskedLinear, Residual, SideBySide, group_mask
+from lineament.nn.mlp import MLP
 
 
 def dense_classifier(sizes: Sequence[int]) -> nn.Sequential:
@@ -122,3 +123,49 @@ class ResidualClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class GridClassifier(nn.Module):
+    """Patches of an image as tokens: embedding, positions, blocks of a mixer over the grid and an MLP, mean, linear.
+
+    Blocks are pre-norm, with a SwiGLU three times as wide as they are.
+
+    Args:
+        mixers: one for each block, called as `mixer(x [B, N, D], grid=(Y, X))`: `nn.Field`, `nn.Scanned`.
+        width: D. channels: of the image. classes: of the answer. patch: side of a patch, in pixels.
+        encode: positions, once behind the embedding: [B, Y, X, D] to the same (`nn.ToeplitzEncoding(D, H, axes=2)`).
+
+    Example:
+        >>> from lineament.nn import Field, Mixer, published
+        >>> mixers = [Field(Mixer(*published("lightnet", model_width=16, heads=2))) for _ in range(2)]
+        >>> GridClassifier(mixers, 16)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        mixers: Iterable[nn.Module],
+        width: int,
+        *,
+        channels: int = 1,
+        classes: int = 10,
+        patch: int = 1,
+        encode: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed, self.encode = nn.Conv2d(channels, width, patch, patch), encode
+        self.mixers = nn.ModuleList(mixers)
+        self.mlps = nn.ModuleList(MLP(width, 3 * width) for _ in self.mixers)
+        self.norms = nn.ModuleList(nn.RMSNorm(width, eps=1e-6) for _ in range(2 * len(self.mixers) + 1))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [B, C, Y, X] to logits [B, classes]."""
+        x = self.embed(x).movedim(1, -1)
+        grid = x.shape[1:3]
+        x = (x if self.encode is None else self.encode(x)).flatten(1, 2)
+        *norms, last = self.norms
+        for mixer, mlp, before, behind in zip(self.mixers, self.mlps, norms[::2], norms[1::2], strict=True):
+            x = x + mixer(before(x), grid=grid)
+            x = x + mlp(behind(x))
+        return self.head(last(x).mean(1))

@@ -5,7 +5,8 @@
 - `Mixer(config, Slots(...))`: a whole layer from scratch around a head mixer; `MixerCache` is what it keeps.
 - `published(name, ...) -> (config, slots)`, `LAYERS`: publications as such values, on the kinds of `PUBLISHED` and
   `BUILDERS`. `share_lower_bounds_` ties the gates of a model's HGRN layers. `global_field`, `cosines`: LightNet on
-  grids; `ToeplitzEncoding`: positions by exponentials along every axis.
+  grids, `Field` its layer there; `Scanned`: a causal layer over a grid in several scans; `ToeplitzEncoding`: positions
+  by exponentials along every axis.
 - `FEATURE_MAPS`: phi of linear attention.
 - `Rows`: padding and packing of a block. `KeyValues`, `causal_softmax`: ordinary attention over a growing buffer.
 - `SubsampledAttention(width, heads, Subsampling(...))`: self-attention over a random part of the sources in training.
@@ -29,6 +30,7 @@ from lineament.nn.decays import share_lower_bounds_
 from lineament.nn.delta import DeltaHeads, DeltaState
 from lineament.nn.experts import Experts, ExpertsConfig, Router
 from lineament.nn.feature_maps import FEATURE_MAPS
+from lineament.nn.grids import Field, Scanned, coordinates
 from lineament.nn.heads import ConvertedHeads, HeadMixer, LayerState, check_heads_input
 from lineament.nn.hyper_kernel import HyperKernel, LocalKernel
 from lineament.nn.hyperzzw import HyperBlock, HyperConfig
@@ -64,6 +66,7 @@ __all__ = [
     "DeltaState",
     "Experts",
     "ExpertsConfig",
+    "Field",
     "Fused",
     "GroupMask",
     "GroupedStandardization",
@@ -91,6 +94,7 @@ __all__ = [
     "Rewiring",
     "Router",
     "Rows",
+    "Scanned",
     "SelectiveConfig",
     "SelectiveMLP",
     "ShortConv",
@@ -107,6 +111,7 @@ __all__ = [
     "by_sample",
     "causal_softmax",
     "check_heads_input",
+    "coordinates",
     "cosines",
     "fuse",
     "global_field",

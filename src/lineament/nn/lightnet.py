@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lineament._base.errors import InputError
+from lineament._base.shapes import bind, check_heads
 from lineament.nn.config import MixerConfig
 from lineament.nn.positions import speeds
 from lineament.nn.recurrent import Terms, recur
@@ -99,25 +101,38 @@ def global_field(
 ) -> Tensor:
     """The same for all tokens at once and in any order: `o = q (softmax_N(k)^T v)`, one pass over a grid of any axes.
 
+    Softmax and sums are taken in float32 or wider, under autocast too: a share is of the size 1 / N.
+
     Args:
-        q, k: [B, N, H, K]; k holds logits, whose softmax runs over the N tokens of each channel.
+        q: [B, N, Hq, K]. k: [B, N, H, K]; H divides Hq. k holds logits, whose softmax runs over the N tokens of each
+            channel.
         v: [B, N, H, V].
         place: [B or 1, N, m] coordinates for relative positions (`cosines`); class tokens have 0. None for none.
         mask: [B, N], nonzero for real tokens; a row without any gives 0.
 
     Returns:
-        [B, N, H, V] in v's dtype.
+        [B, N, Hq, V] in v's dtype.
+
+    Raises:
+        InputError: axes or head counts disagree.
 
     Example:
         >>> v = torch.tensor([0.0, 3.0, 6.0]).view(1, 3, 1, 1)
         >>> global_field(torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1), v).flatten().tolist()
         [3.0, 3.0, 3.0]
     """
-    wide, value = widened(k), widened(v)
+    n = bind("q: B N Hq K, k: B N H K, v: B N H V, mask: B N", q, k, v, mask)
+    if check_heads(q=n["Hq"], k=n["H"]) != n["Hq"]:
+        raise InputError(f"q has {n['Hq']} heads and k has {n['H']}; the queries need at least as many heads")
+    if place is not None and (place.dim() != 3 or place.shape[0] not in (1, n["B"]) or place.shape[1] != n["N"]):
+        raise InputError(f"place has shape {list(place.shape)}; expected [1 or {n['B']}, {n['N']}, axes of the grid]")
+    logits, value = widened(k), widened(v)
     if mask is not None:
         padded = ~mask.bool()[..., None, None]
-        wide, value = wide.masked_fill(padded, NOTHING), value.masked_fill(padded, 0.0)
-    share, q = wide.softmax(1), widened(q)
-    if place is not None:
-        q, share = cosines(q, place, theta), cosines(share, place, theta)
-    return torch.einsum("bnhk,bhkv->bnhv", q, torch.einsum("bnhk,bnhv->bhkv", share, value)).to(v.dtype)
+        logits, value = logits.masked_fill(padded, NOTHING), value.masked_fill(padded, 0.0)
+    with torch.autocast(v.device.type, enabled=False):
+        share, q = logits.softmax(1), widened(q)
+        if place is not None:
+            q, share = cosines(q, place, theta), cosines(share, place, theta)
+        field = torch.einsum("bnhk,bnhv->bhkv", share, value)
+        return torch.einsum("bnhrk,bhkv->bnhrv", q.unflatten(2, (n["H"], -1)), field).flatten(2, 3).to(v.dtype)

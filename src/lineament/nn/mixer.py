@@ -175,7 +175,7 @@ class Mixer(nn.Module):
         documents = n["B"] if rows is None else len(rows.cu_seqlens) - 1
         count = cache.count if cache is not None else None
         count = beginnings(documents, x.device) if count is None else count
-        q, k, v = self._projected(x, cache, rows)
+        q, k, v = self.projected(x, cache, rows)
         if self.slots.rope is not None or self.rotation is not None:
             position = position_ids if position_ids is not None else self._positions(n["T"], rows, count)
             q, k = self._turned(q, position), self._turned(k, position)
@@ -183,9 +183,10 @@ class Mixer(nn.Module):
         o, _ = self.heads(q * scale, k, v, x=x, rows=rows, state=cache, keep=cache is not None)
         if cache is not None:
             cache.count = count + (n["T"] if rows is None else rows.cu_seqlens.diff())
-        return self._finished(o, x)
+        return self.finished(o, x)
 
-    def _projected(self, x: Tensor, cache: MixerCache | None, rows: Rows | None) -> list[Tensor]:
+    def projected(self, x: Tensor, cache: MixerCache | None = None, rows: Rows | None = None) -> list[Tensor]:
+        """Return q [B, T, Hq, K], k and v of x: projected, convolved, activated and normed; not scaled or turned."""
         slots, names = self.slots, [name for name in "qkv" if name in self.slots.projects]
         parts = [getattr(self, f"{name}_proj")(x) for name in names]
         if self.conv is not None:
@@ -219,7 +220,8 @@ class Mixer(nn.Module):
         packed = positions(int(rows.cu_seqlens[-1]), rows.cu_seqlens, count)
         return rows.unpack(packed)
 
-    def _finished(self, o: Tensor, x: Tensor) -> Tensor:
+    def finished(self, o: Tensor, x: Tensor) -> Tensor:
+        """Return the layer's output [B, T, D] for what its heads gave, o [B, T, H, V]: normed, gated and projected."""
         steps = [self._gated, self._normed] if self.slots.gate_first else [self._normed, self._gated]
         for step in steps:
             o = step(o, x)
