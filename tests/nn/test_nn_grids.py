@@ -31,7 +31,9 @@ def turned(x, place, theta):
     """MD-LRPE of one vector [K] at one place, channel by channel."""
     slot = math.ceil(len(x) / len(place))
     angles = [place[j // slot] * theta ** (-2 * (j % slot) / slot) for j in range(len(x))]
-    return torch.stack([f(torch.tensor(a, dtype=x.dtype)) * x[j] for f in (torch.cos, torch.sin) for j, a in enumerate(angles)])
+    return torch.stack(
+        [f(torch.tensor(a, dtype=x.dtype)) * x[j] for f in (torch.cos, torch.sin) for j, a in enumerate(angles)]
+    )
 
 
 @pytest.mark.parametrize("grid", [(5,), (2, 3), (2, 1, 2)])
