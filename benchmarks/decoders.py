@@ -7,7 +7,8 @@
 The shape is SmolLM2-135M's (30 layers, width 576, 9 and 3 heads), weights are random, arms have equal parameters.
 Softmax is transformers' Llama and ours, whichever is faster. Medians up to 16k, once at 32k; 64k is extrapolated and
 says so: t = bT + cT^2 for prefill, a + bT for a decoded token, from the two longest measured. "free" is the ceiling:
-the same model with mixers that cost nothing.
+the same model with mixers that cost nothing. With --json a mixer's rows are kept in FILE.partial when it is done, and a
+run that was cut off goes on behind them (same shape, contexts and machine).
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lineament.io import read_json, write_json
 from lineament.models import DecoderForCausalLM, decoder_config, match_parameters
 from lineament.report import curve, machine
 from lineament.tasks.cost import decode_speed, prefill_speed
@@ -132,6 +134,14 @@ def rows_of(mixer: str, shape: dict[str, Any], contexts: list[int], once: int | 
     return found
 
 
+def kept_rows(file: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a run that was cut off, or none where the file is of another machine, shape or contexts."""
+    if file is None or not file.exists():
+        return []
+    kept: Any = read_json(file)
+    return kept["rows"] if {name: kept.get(name) for name in about} == about else []
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """Lay the rows out."""
     shown = Table("mixer", "measure", "tokens", "softmax ms", "pure ms", "3:1 ms", "pure, free", "3:1, free", "kind")
@@ -176,15 +186,20 @@ def main() -> None:
     }  # fmt: skip
     contexts: list[int] = chosen.contexts or [*(CONTEXTS[:2] if chosen.quick else CONTEXTS)]
     once = None if chosen.contexts or chosen.quick else ONCE
-    began, rows = time.perf_counter(), []
-    console = Console(width=140)
+    began, console = time.perf_counter(), Console(width=140)
+    about = {"machine": machine(), "shape": shape, "contexts": [*contexts, *([once] if once else [])]}
+    partial = chosen.json and chosen.json.with_name(chosen.json.name + ".partial")
+    rows = kept_rows(partial, about)
     for mixer in chosen.mixers:
-        rows += rows_of(mixer, shape, contexts, once)
+        if not any(row["mixer"] == mixer for row in rows):
+            rows += rows_of(mixer, shape, contexts, once)
+            if partial:
+                write_json(partial, {**about, "rows": rows})
         console.print(table([row for row in rows if row["mixer"] == mixer]))
     console.print(json.dumps(machine()), f"{time.perf_counter() - began:.0f} s")
-    if chosen.json:
-        result = {"machine": machine(), "shape": shape, "rows": rows}
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if chosen.json and partial:
+        write_json(chosen.json, {**about, "rows": rows}, indent=1)
+        partial.unlink(missing_ok=True)
     if chosen.plot:
         plot(rows, chosen.plot)
 

@@ -1,20 +1,21 @@
 """Relevance beside zennit, captum and LXT: equality, and the cost beside LXT. Each peer runs in its own process.
 
 python -m venv peers && peers/bin/pip install torch==2.13.0 zennit captum lxt transformers
-python -m benchmarks.explain_peers peers/bin/python
+python -m benchmarks explain_peers --peers peers/bin/python
 """
 
+import argparse
 import json
 import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.explain_models import COMPOSITES, image_model, language_model, seconds
 from torch import Tensor
 
+from explain_models import COMPOSITES, image_model, language_model, seconds
 from lineament import explain
 from lineament.explain.relevance import propagate
 from lineament.explain.rules import ATTNLRP
@@ -64,10 +65,10 @@ def images(python: str) -> list[dict[str, Any]]:
     return rows
 
 
-def language(python: str) -> list[dict[str, Any]]:
+def language(python: str, sizes: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
     """Compare with LXT's AttnLRP, and time both: coefficients, with the ledger, and a forward and backward pass."""
     rows: list[dict[str, Any]] = []
-    for size in SIZES:
+    for size in sizes:
         model, ids = language_model(*size)
         inputs = {"input_ids": ids, "logits_to_keep": 1}
 
@@ -94,10 +95,18 @@ def language(python: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", help="an interpreter with zennit, captum and LXT")
+    parser.add_argument("--quick", action="store_true", help="the smallest language model only")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "explain-peers.json")
+    given = parser.parse_args()
+    if not given.peers:
+        print("explain_peers: no --peers (an interpreter with zennit, captum and LXT) given; nothing to compare with")
+        return
     torch.set_num_threads(1)
-    found = {"equality": images(sys.argv[1]), "language": language(sys.argv[1]), "versions": versions(),
-             "machine": machine()}  # fmt: skip
-    (HERE / "results" / "explain-peers.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
+    found = {"equality": images(given.peers), "language": language(given.peers, SIZES[: 1 if given.quick else None]),
+             "versions": versions(), "machine": machine()}  # fmt: skip
+    given.json.write_text(json.dumps(found, indent=2, default=str) + "\n")
     for row in [*found["equality"], *found["language"]]:
         print(row)
 

@@ -16,16 +16,16 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.nn.functional import normalize
-from torch.profiler import ProfilerActivity, profile
 
+from allocations import allocations
 from lineament.ops.recurrence import decayed_attention, delta_rule
 from ops_peers import PEERS
 
@@ -145,14 +145,7 @@ def extra_memory(name: str, T: int) -> float:
     """Return the peak of forward and backward beyond inputs, outputs and gradients, in units of the inputs."""
     data = {key: x for key, x in inputs(T).items() if key in USES[name].split()}
     both(OURS[name], data)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        both(OURS[name], data)
-    results = trace.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
-    events = [e for e in results.events() if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    peak = max(accumulate(allocations(lambda: both(OURS[name], data)), initial=0))
     size = sum(x.nbytes for x in data.values())
     return (peak - size - data["v"].nbytes) / size  # the gradients are as large as the inputs, o as v
 

@@ -1,7 +1,7 @@
 """Put pairs of a decoder's layers side by side, tune them shortly, and time a decoded token.
 
     python benchmarks/shallow.py --json benchmarks/results/shallow.json
-    python benchmarks/shallow.py --pairs 1 --steps 2 --tokens 512      # to try it out
+    python benchmarks/shallow.py --quick                               # to try it out
 
 Pairs are the cheapest ones on one part of the text (`--candidates` limits them), tuned on a second against the model's
 own predictions, and scored on a third.
@@ -34,8 +34,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of each part that is scored")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--out", type=Path, help="folder for checkpoints and the tuned models")
+    parser.add_argument("--quick", action="store_true", help="one given pair, two steps, 512 tokens")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    if asked.quick:
+        asked.given, asked.steps, asked.tokens = asked.given or "14", 2, 512
     model, tokenizer = load_teacher(asked.model)
     model.requires_grad_(False)
     place, test = (windows(tokenizer, asked.text, split, asked.tokens) for split in ("place", "test"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from lineament.nn import MixerConfig, ShortConv, build, causal_softmax
 from lineament.nn.rows import Rows
 from lineament.ops import (
+    bidirectional_attention,
     decayed_attention,
     delta_rule,
     elementwise_scan,
@@ -69,6 +70,17 @@ def op(function, packed=False, **keywords):
         return function(**inputs, **keywords, cu_seqlens=cu)[0]
 
     run.packed = packed
+    return run
+
+
+def both_directions(padded=False):
+    """With a padding mask that is cut like the tokens: v's first channel says which are real."""
+
+    def run(inputs):
+        mask = inputs["v"][:, :, 0, 0] > 0.7 if padded else None
+        return bidirectional_attention(**inputs, mask=mask)
+
+    run.packed = False
     return run
 
 
@@ -134,6 +146,8 @@ def cases():
     mapped = {"phi_q": positive["q"], "phi_k": positive["k"], "v": positive["v"]}
     yield "linear with a normaliser", op(linear_attention), mapped
     yield "linear with a normaliser packed", op(linear_attention, packed=True), one_row(mapped)
+    yield "both directions", both_directions(), mapped
+    yield "both directions padded", both_directions(padded=True), mapped
     for window, sinks in ((3, 2), (20, 3), (0, 2), (0, 0), (5, 0), (2, 12)):
         near = {"window": window, "sinks": sinks}
         name = f"window {window} sinks {sinks}"
@@ -218,6 +232,9 @@ def traffic(rank, world) -> dict[str, list[int]]:
             "decayed": lambda T=T: decayed_attention(**recurrent("decayed", "scalar", T=T)),
             "delta": lambda T=T: delta_rule(**recurrent("delta", "channel", T=T)),
             "window": lambda T=T: windowed_linear_attention(**windowed(T=T), window=8, sinks=2),
+            "both directions": lambda T=T: bidirectional_attention(
+                *(x.exp() for x in list(recurrent("decayed", "none", T=T).values()))
+            ),
             "softmax": lambda T=T: causal_softmax(**{n: x for n, x in windowed(T=T).items() if n in "qkv"}),
         }
         for name, run in ops.items():
@@ -242,11 +259,16 @@ def refusals(rank, world) -> dict[str, str]:
         with sequence_parallel(tokens, cu_seqlens=cu):
             decayed_attention(**x, **more)
 
+    def both_packed():
+        with sequence_parallel(4, cu_seqlens=[0, 3, 4 * world]):
+            bidirectional_attention(x["q"], x["k"], x["v"])
+
     refused("no tokens", lambda: call(tokens=0 if rank else 4))
     refused("another length", lambda: call(tokens=5))
     refused("borders", lambda: call(cu=[0, 3, 2, 4 * world]))
     refused("borders not told", lambda: call(cu_seqlens=torch.tensor([0, 2, 4])))
     refused("other borders", lambda: call(cu=[0, 4 * world], cu_seqlens=torch.tensor([0, 2, 4])))
+    refused("both directions", lambda: both_packed())
     refused("state of packed", lambda: call(cu=[0, 4 * world], state=torch.zeros(1, 2, 5, 3)))
     return found
 

@@ -52,7 +52,7 @@ def test_bytes_of_linear_layers_do_not_depend_on_the_length(ranks):
     """16 and 64 tokens a rank: states and halos weigh the same, keys and values of softmax heads four times as much."""
     world = len(ranks)
     for found in ranks:
-        for name in ("decayed", "delta", "window"):
+        for name in ("decayed", "delta", "window", "both directions"):
             short, long = found["traffic"][name]
             assert short == long, name
             assert long[2] == 0
@@ -60,6 +60,7 @@ def test_bytes_of_linear_layers_do_not_depend_on_the_length(ranks):
         assert long[2] == 4 * short[2]
     B, H, K, V = 2, 2, 5, 3
     assert ranks[-1]["traffic"]["decayed"][0] == [(world - 1) * B * H * K * (V + 1) * 8, 0, 0]
+    assert ranks[-1]["traffic"]["both directions"][0] == ranks[-1]["traffic"]["decayed"][0]
     assert ranks[-1]["traffic"]["delta"][0] == [(world - 1) * B * H * K * (V + K) * 8, 0, 0]
     assert ranks[-1]["traffic"]["softmax"][1][2] == (world - 1) * 64 * B * H * (K + V) * 8
 
@@ -72,6 +73,7 @@ def test_mistakes_are_refused_on_every_rank(ranks):
         "borders not told": "give the borders of the whole packed row",
         "other borders": "this rank's stretch has the borders [0, 4]",
         "state of packed": "leave state out",
+        "both directions": "takes no packed documents",
     }
     for found in ranks:
         assert set(found["refusals"]) == set(expected)

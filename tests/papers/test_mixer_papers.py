@@ -24,6 +24,7 @@ def test_the_bare_delta_memory_overwrites():
     for rule in (
         "error of recent keys, delta / additive",
         "error of orthonormal keys",
-        "a key written twice, from its last value",
+        "a key written twice, delta: from its last value",
+        "a key written twice, additive: from the sum of both",
     ):
         assert rows[rule]["held"], rule

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,9 +12,11 @@ import torch
 
 from lineament import papers
 from lineament._base.errors import InputError
+from lineament._base.extras import available
+from lineament.cli import run
 from lineament.models import DecoderForCausalLM, StudentCache, decoder_config, parameters
 from lineament.tasks import score_recall
-from lineament.tasks.hybrid_study import LISTS, RATIOS, VARIANTS, arms, figures, run_study, share
+from lineament.tasks.hybrid_study import LISTS, RATIOS, VARIANTS, arms, figures, judged, listed, run_study, share
 from lineament.tasks.hybrids import Arm, arm_config, cache_arithmetic, kept_heads, recall_of, run_arm
 
 SMOKE = Arm(variant="retnet", ratio="pure", size="smoke")
@@ -105,6 +110,67 @@ def test_a_subset_runs_is_kept_and_drawn(tmp_path):
     assert [file.stat().st_mtime_ns for file in files] == written
 
 
+@pytest.mark.slow  # other interpreters
+def test_a_study_killed_in_the_middle_goes_on_to_the_same_numbers(tmp_path):
+    """Killed without a warning after its second arm: what is finished is read, the rest is run."""
+    command = [sys.executable, "-m", "lineament", "reproduce", "hybrid-linear-attention", "--scale", "smoke"]
+    command += ["--out", str(tmp_path / "killed"), "--workers", "1"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while job.poll() is None and sum(listed("smoke", out=tmp_path / "killed").values()) < 2:
+        time.sleep(0.05)
+    job.kill()
+    job.wait()
+    before = listed("smoke", out=tmp_path / "killed")
+    assert 2 <= sum(before.values()) < len(before)
+    whole = run_study("smoke", tmp_path / "whole")
+    assert run_study("smoke", tmp_path / "killed") == whole
+    assert all(listed("smoke", out=tmp_path / "killed").values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not available("ray"), reason="ray is an extra")
+def test_a_real_ray_cluster_gives_the_numbers_of_this_process(tmp_path):
+    only = ["*-retnet-*", "*-llama-*"]
+    assert run_study("smoke", tmp_path / "ray", only=only, ray="local") == run_study(
+        "smoke", tmp_path / "own", only=only
+    )
+
+
+def test_any_subset_is_chosen_by_globs_and_listed_with_what_is_finished(tmp_path, capsys):
+    names = [arm.name for arm in arms("study", ["study-*-llama-*-0", "deep-text-gla-3to1-*"])]
+    assert names == ["study-recall-llama-full-layers-0", "deep-text-gla-3to1-layers-0"]
+    run_study("smoke", tmp_path, only="*-retnet-pure-*")
+    assert sum(listed("smoke", out=tmp_path).values()) == 1
+    command = ["reproduce", "hybrid-linear-attention", "--scale", "smoke", "--out", str(tmp_path), "--runs"]
+    assert run([*command, "--only", "*-retnet-*", "--only", "*-llama-*", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "smoke-recall-llama-full-layers-0": False,
+        "smoke-recall-retnet-pure-layers-0": True,
+        "smoke-recall-retnet-1to1-layers-0": False,
+    }
+    assert run(command) == 0
+    assert "1 of 7 are finished" in capsys.readouterr().out
+    assert run(["reproduce", "hedgehog", "--runs"]) == 2
+    assert "is one run, not a study" in capsys.readouterr().err
+
+
+def test_plots_show_the_arms_of_earlier_parts_too(tmp_path, monkeypatch):
+    import lineament.tasks.hybrid_study as room
+
+    drawn = []
+    monkeypatch.setattr(room, "figures", lambda rows: drawn.append(rows) or {})
+    for only in ("*-retnet-pure-*", "*-hgrn2-pure-*"):
+        run_study("smoke", tmp_path, only=only)
+    assert [len(rows) for rows in drawn] == [1, 2]
+
+
+def test_a_verdict_rests_on_the_arms_of_the_scales_own_size():
+    rows = [{"size": arm.size} for arm in arms("study", "study-*")]
+    assert judged("study", rows)
+    assert not judged("study", rows[:-1])
+    assert not judged("full", [{"size": arm.size} for arm in arms("full")])
+
+
 def test_the_plots_have_a_line_per_mixer():
     base = {"size": "study", "placement": "layers", "full": [[], [], [], []]}
     rows = [
@@ -124,6 +190,7 @@ def test_the_plots_have_a_line_per_mixer():
         (lambda: Arm(variant="retnet", ratio="3:1", size="small", placement="heads"), "Known: converted"),
         (lambda: arms("smal"), "Did you mean 'small'"),
         (lambda: arms("small", "*-mamba-*"), "names are like small-recall-llama"),
+        (lambda: arms("small", ["*-llama-*", "*-mamba-*"]), r"no arm matches '\*-mamba-\*'"),
         (lambda: papers.experiment("hedgehog", only="x"), "takes no only"),
     ],
 )

@@ -56,9 +56,12 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="small (at most 300 s on 2 cores), full or study.")] = "small",
     html: Annotated[Path | None, typer.Option(help="Write a one-file report here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep runs here and go on from them (studies).")] = None,
-    only: Annotated[str | None, typer.Option(help="Run a part: a glob over the names of runs (studies).")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run a part: a glob over the names of runs; may be repeated (studies).")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Runs at a time on this machine (studies).")] = None,
     ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: its address, or 'auto' (studies).")] = None,
+    runs: Annotated[bool, typer.Option("--runs", help="Only list the runs, and which are finished (studies).")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a paper's experiment: system beside baseline, against a threshold fixed beforehand.
@@ -70,8 +73,14 @@ def reproduce(
     from lineament.cli.messages import print_json, show
     from lineament.report import page
 
-    asked = {"out": out and str(out), "only": only, "workers": workers, "ray": ray}
+    asked = {"out": out and str(out), "only": only or None, "workers": workers, "ray": ray}
     options = {name: value for name, value in asked.items() if value is not None}
+    if runs:
+        kept = {name: value for name, value in options.items() if name in ("out", "only")}
+        found = catalogue.runs(slug, scale, **kept)
+        words = [f"{name}{'  finished' if done else ''}" for name, done in found.items()]
+        print_json(found) if json else show(*words, f"{sum(found.values())} of {len(found)} are finished")
+        return
     run = catalogue.experiment(slug, **options)
     evidence = run(scale, **options)
     if html is not None:

@@ -1,10 +1,14 @@
-"""Linear attention in both directions: every token reads one sum over all keys, so the cost is linear in T."""
+"""Linear attention in both directions: every token reads one sum over all keys, so the cost is linear in T.
+
+Under `sequence_parallel` that sum is all that travels: queries, keys and values stay on their ranks.
+"""
 
 import torch
 from torch import Tensor
 
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
+from lineament.ops.parallel.collectives import summed
 from lineament.ops.parallel.part import active
 
 
@@ -27,7 +31,7 @@ def bidirectional_attention(
         o [B, T, Hq, V] in v's dtype; zeros in a row without a real key.
 
     Raises:
-        InputError: axes or head counts disagree.
+        InputError: axes or head counts disagree; under `sequence_parallel`, packed documents.
 
     Example:
         >>> ones = torch.ones(1, 3, 1, 2)
@@ -41,6 +45,12 @@ def bidirectional_attention(
     with torch.autocast(v.device.type, enabled=False):  # autocast would take the sums in half precision
         values = torch.nn.functional.pad(v_wide, (0, 1), value=1.0).transpose(1, 2)  # ones: the denominator
         sums = k.permute(0, 2, 3, 1) @ values  # [B, H, F, V + 1]
+        part = active()
+        if part is not None:
+            if part.documents is not None:
+                raise InputError("attention in both directions takes no packed documents; pad them and give a mask")
+            part.check_call(k.shape[1], None)
+            sums = summed(part, sums)
         both = (q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4) @ sums[:, :, None]).flatten(1, 2).transpose(1, 2)
     return (both[..., :-1] / (both[..., -1:] + eps)).to(v.dtype)
 
@@ -51,6 +61,8 @@ def bidirectional_weights(phi_q: Tensor, phi_k: Tensor, *, mask: Tensor | None =
     `a_ij = phi_q_i . phi_k_j / (sum_j phi_q_i . phi_k_j + eps)`; quadratic in T. Arguments as there.
     """
     q, k, _, groups = _checked(phi_q, phi_k, phi_k, mask)
+    if active() is not None:
+        raise NotImplementedError("weights ask for every rank's keys; take them on one process")
     with torch.autocast(q.device.type, enabled=False):
         products = torch.einsum("bihf,bjhf->bhij", q, k.repeat_interleave(groups, dim=2))
     return products / (products.sum(-1, keepdim=True) + eps)
@@ -61,8 +73,6 @@ def _checked(phi_q: Tensor, phi_k: Tensor, v: Tensor, mask: Tensor | None) -> tu
     n = bind("phi_q: B T Hq F, phi_k: B S H F, v: B S H V, mask: B S", phi_q, phi_k, v, mask)
     if check_heads(phi_q=n["Hq"], phi_k=n["H"]) != n["Hq"]:
         raise InputError(f"phi_q has {n['Hq']} heads and phi_k has {n['H']}; the queries need at least as many heads")
-    if active() is not None:
-        raise NotImplementedError("sequence_parallel carries causal states; attention in both directions is not spread")
     wide = torch.promote_types(v.dtype, torch.float32)
     q, k, v = phi_q.to(wide), phi_k.to(wide), v.to(wide)
     if mask is not None:

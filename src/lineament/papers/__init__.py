@@ -15,7 +15,7 @@ from unicodedata import combining, normalize
 from .._base.errors import InputError
 from .record import Figure, Paper
 
-__all__ = ["MODULES", "Figure", "Paper", "experiment", "record", "records", "search"]
+__all__ = ["MODULES", "Figure", "Paper", "experiment", "record", "records", "runs", "search"]
 
 MODULES = {
     "alignment-maps": "lineament.papers.alignment_maps",
@@ -125,6 +125,21 @@ def experiment(slug: str, **options: Any) -> Callable[..., Any]:
         if name not in taken:
             raise InputError(f"the experiment of {slug!r} takes no {name}; it is one run, not a study")
     return run
+
+
+def runs(slug: str, scale: str, **options: Any) -> dict[str, bool]:
+    """Return the names of a study's runs and whether each is finished.
+
+    Args:
+        slug: a key of `MODULES`. scale: of its experiment. options: `out` and `only`, as the experiment takes them.
+
+    Raises:
+        ValueError: no paper has this slug, or its experiment is one run.
+    """
+    found = getattr(_module(slug), "runs", None)
+    if found is None:
+        raise InputError(f"the experiment of {slug!r} is one run, not a study; there are no runs to list")
+    return found(scale, **options)
 
 
 def _module(slug: str) -> ModuleType:

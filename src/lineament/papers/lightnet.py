@@ -84,7 +84,8 @@ def experiment(scale: str = "small") -> Any:
              for scans in ("one decay scan", "four decay scans")), slope)  # fmt: skip
     rows: list[dict[str, Any]] = [
         {"what": arm, "accuracy": right[arm], "seeds": [run["accuracy"] for run in of],
-         "parameters": int(of[0]["parameters"]), "CPU s per epoch": sum(run["seconds"] for run in of) / len(of) / epochs}
+         "parameters": int(of[0]["parameters"]),
+         "CPU s per epoch": sum(run["seconds"] for run in of) / len(of) / epochs}
         for arm, of in runs.items()
     ]  # fmt: skip
     rows += [{"what": f"{form}, ms", **{f"{n} x {n}": 1e3 * s for n, s in of.items()}} for form, of in seconds.items()]

@@ -1,7 +1,7 @@
 """What to predict and how it is scored: perplexity, retrieval, agreement with a teacher, and what a model costs."""
 
 from lineament.tasks.agreement import Agreement, agreement
-from lineament.tasks.characters import Characters, characters, learn_characters
+from lineament.tasks.characters import Characters, character_model, characters, learn_characters, score_characters
 from lineament.tasks.contrast import (
     LinearFeatures,
     feature_weights,
@@ -25,6 +25,7 @@ from lineament.tasks.cost import (
 )
 from lineament.tasks.haystack import Haystack
 from lineament.tasks.match3 import match3, match3_batch, match3_by_hand
+from lineament.tasks.mixing import mixing_weights, near_share
 from lineament.tasks.perplexity import (
     ContextGain,
     Perplexity,
@@ -72,6 +73,7 @@ __all__ = [
     "agreement",
     "bootstrap_ratio",
     "cache_bytes",
+    "character_model",
     "characters",
     "class_means",
     "context_gain",
@@ -91,6 +93,8 @@ __all__ = [
     "match3",
     "match3_batch",
     "match3_by_hand",
+    "mixing_weights",
+    "near_share",
     "nearest_prototype",
     "next_token_loss",
     "noisy",
@@ -108,6 +112,7 @@ __all__ = [
     "ridge_probe",
     "score",
     "score_bodies",
+    "score_characters",
     "score_recall",
     "sensitivity",
     "shifted_views",

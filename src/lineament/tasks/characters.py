@@ -54,9 +54,20 @@ def learn_characters(
     """Train a decoder from scratch and return its loss on unseen text, in nats per character.
 
     Args:
+        config, text, steps, batch, lr, seed: as of `character_model`. scored: windows of the test text, at most.
+    """
+    model = character_model(config, text, steps=steps, batch=batch, lr=lr, seed=seed)
+    return score_characters(model, text, scored=scored)
+
+
+def character_model(
+    config: Any, text: Characters, *, steps: int = 200, batch: int = 16, lr: float = 3e-3, seed: int = 0
+) -> Any:
+    """Return a decoder trained from scratch on a text, in eval mode.
+
+    Args:
         config: a `DecoderConfig` whose vocabulary is the text's. text: as from `characters`.
         steps, batch, lr: AdamW, cosine to 0. seed: of the weights and of the windows drawn.
-        scored: windows of the test text, at most.
     """
     from lineament.models import DecoderForCausalLM
 
@@ -67,4 +78,9 @@ def learn_characters(
         return text.train[torch.randint(len(text.train), (batch,), generator=generator(seed * 100_003 + step))]
 
     train.fit(model.train(), draw, next_token_loss, train.FitConfig(steps=steps, lr=lr, warmup=10, seed=seed))
-    return perplexity(model.eval(), text.test[:scored], batch_size=32).nll
+    return model.eval()
+
+
+def score_characters(model: nn.Module, text: Characters, *, scored: int = 256) -> float:
+    """Return a model's loss on unseen text, in nats per character, over `scored` windows at most."""
+    return perplexity(model, text.test[:scored], batch_size=32).nll

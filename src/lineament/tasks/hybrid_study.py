@@ -1,6 +1,6 @@
 """The hybrid study as lists of arms, run resumably, and its two plots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import mean
@@ -58,11 +58,11 @@ LISTS = {
 abstract counts (the rest can't be told), each on both tasks."""
 
 
-def arms(scale: str, only: str | None = None) -> list[Arm]:
-    """Return the arms of a scale, or those whose names match a glob.
+def arms(scale: str, only: str | Sequence[str] | None = None) -> list[Arm]:
+    """Return the arms of a scale, or those whose names match one of some globs.
 
     Raises:
-        InputError: an unknown scale, or nothing matches (some names are shown).
+        InputError: an unknown scale, or a glob that nothing matches (some names are shown).
 
     Example:
         >>> [arm.name for arm in arms("small", "*-retnet-*")]
@@ -71,25 +71,53 @@ def arms(scale: str, only: str | None = None) -> list[Arm]:
     if scale not in LISTS:
         raise unknown("scale", scale, LISTS)
     found = LISTS[scale]()
-    chosen = [arm for arm in found if only is None or fnmatchcase(arm.name, only)]
-    if not chosen:
-        raise InputError(f"no arm matches {only!r}; names are like {found[0].name} and {found[-1].name}")
-    return chosen
+    globs = [only] if isinstance(only, str) else only or ["*"]
+    for glob in globs:
+        if not any(fnmatchcase(arm.name, glob) for arm in found):
+            raise InputError(f"no arm matches {glob!r}; names are like {found[0].name} and {found[-1].name}")
+    return [arm for arm in found if any(fnmatchcase(arm.name, glob) for glob in globs)]
+
+
+def listed(scale: str, *, only: str | Sequence[str] | None = None, out: str | Path | None = None) -> dict[str, bool]:
+    """Return the names of a scale's arms (see `arms`) and whether each is finished in `out`."""
+    values = _values(arms(scale, only))
+    done = {} if out is None else train.finished(values, out)
+    return {name: name in done for name in values}
+
+
+def judged(scale: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Say whether a scale has a verdict and all the arms that it rests on, those of the scale's own size, are there."""
+    there = sum(row["size"] == scale for row in rows)
+    return scale in ("small", "study") and there == sum(arm.size == scale for arm in arms(scale))
 
 
 def run_study(
-    scale: str, out: str | Path, *, only: str | None = None, workers: int = 1, ray: str | None = None
+    scale: str,
+    out: str | Path,
+    *,
+    only: str | Sequence[str] | None = None,
+    workers: int = 1,
+    ray: str | None = None,
+    said: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:
-    """Run the arms of a scale (see `arms`) as a `train.sweep` and draw what they show into `out`.
+    """Run the arms of a scale (see `arms`) as a `train.sweep`; draw what all finished ones in `out` show into it.
+
+    Args:
+        workers, ray: of `train.sweep`. said: called with the name of every arm that is done.
 
     Returns:
         What `run_arm` returned, in the arms' order.
     """
-    values = {arm.name: arm.value() for arm in arms(scale, only)}
-    rows = list(train.sweep(WORK, values, out, workers=workers, ray=ray).values())
-    for name, png in figures(rows).items():
+    values = _values(arms(scale, only))
+    rows = train.sweep(WORK, values, out, workers=workers, ray=ray, on_done=lambda name, _: said(name))
+    there = train.finished(_values(arms(scale)), out)  # those of earlier parts too
+    for name, png in figures(list(there.values())).items():
         io.write_bytes(Path(out) / name, png)
-    return rows
+    return list(rows.values())
+
+
+def _values(chosen: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+    return {arm.name: arm.value() for arm in chosen}
 
 
 def share(row: Mapping[str, Any]) -> float:

@@ -3,6 +3,17 @@
 from lineament.train.config import OPTIMIZERS, SCHEDULES, FitConfig
 from lineament.train.kar3 import Kar3
 from lineament.train.loop import Fitted, TrainingError, fit
-from lineament.train.sweep import SweepError, sweep
+from lineament.train.sweep import SweepError, finished, sweep
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "FitConfig", "Fitted", "Kar3", "SweepError", "TrainingError", "fit", "sweep"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "FitConfig",
+    "Fitted",
+    "Kar3",
+    "SweepError",
+    "TrainingError",
+    "finished",
+    "fit",
+    "sweep",
+]

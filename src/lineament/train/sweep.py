@@ -49,9 +49,8 @@ def sweep(
     out = Path(out)
     if workers < 1:
         raise InputError(f"workers={workers}; expected at least 1")
-    found = {name: _finished(out / name, value) for name, value in values.items()}
-    open_ = {name: value for name, value in values.items() if found[name] is None}
-    results: dict[str, dict[str, Any]] = {name: result for name, result in found.items() if result is not None}
+    results = finished(values, out)
+    open_ = {name: value for name, value in values.items() if name not in results}
     for name, result in results.items():
         if on_done:
             on_done(name, result)
@@ -69,6 +68,16 @@ def sweep(
         name, why = next(iter(failed.items()))
         raise SweepError(f"{len(failed)} of {len(values)} runs failed, e.g. {name}: {why}; the others are in {out}")
     return {name: results[name] for name in values}
+
+
+def finished(values: Mapping[str, Mapping[str, Any]], out: str | Path) -> dict[str, dict[str, Any]]:
+    """Return the results of a sweep's runs that are there already, by name.
+
+    Raises:
+        InputError: a finished run had another value.
+    """
+    found = {name: _finished(Path(out) / name, value) for name, value in values.items()}
+    return {name: result for name, result in found.items() if result is not None}
 
 
 def _finished(folder: Path, value: Mapping[str, Any]) -> dict[str, Any] | None:

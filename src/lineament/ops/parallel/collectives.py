@@ -144,6 +144,25 @@ def _gather(x: Tensor, part: Part) -> Tensor:
     return out.view(part.world, *x.shape)
 
 
+def summed(part: Part, x: Tensor) -> Tensor:
+    """Return the sum of all ranks' x, the same to the bit on every rank (kind "state" of `part.traffic`)."""
+    return _Summed.apply(x, part)  # type: ignore[no-any-return]
+
+
+class _Summed(torch.autograd.Function):
+    """Gathered, then added in the order of the ranks; backward the same of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
+        ctx.part = part
+        return _gather(x, part).sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad, ctx.part).sum(0), None
+
+
 def only_if(wanted: bool, x: Tensor) -> Tensor:
     """Return x or zeros, in the graph either way: every rank's graph must hold the same collectives."""
     return x if wanted else x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
