@@ -5,14 +5,15 @@
     python benchmarks/steps.py --layers kda gla --width 64 --heads 2 --key-heads 2 --context 64   # to try it out
 
 A layer is timed whole (`layer`) and without its projections, norm and gate (`heads`), one row of float32 on one thread,
-layers taking turns; the figure is the median over rounds of the mean of a round's steps. Bandwidth is what a large
-addition reaches on the same thread in the same run. A step must at least read the layer's weights once, and read and
-write its state (keys and values of every token are only read): those bytes a second are the share. It is small where a
-step costs calls and not bytes.
+layers taking turns; the figure is the median over rounds of the mean of a round's steps, in seconds of the thread.
+Bandwidth is what a large addition reaches on the same thread in the same run. A step must at least read the layer's
+weights once, and read and write its state (keys and values of every token are only read): those bytes a second are the
+share. It is small where a step costs calls and not bytes.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -63,7 +64,7 @@ def bandwidth(megabytes: int = 96) -> float:
     """Return bytes a second of adding two large arrays into a third, on this thread."""
     a = torch.ones(megabytes * 2**18)
     b, out = a.clone(), a.clone()
-    seconds = in_turn({"add": lambda: torch.add(a, b, out=out)}, 7)["add"]
+    seconds = in_turn({"add": lambda: torch.add(a, b, out=out)}, 7, clock=time.thread_time)["add"]
     return 3 * a.nbytes / median(seconds)
 
 
@@ -75,7 +76,7 @@ def rows_of(given: argparse.Namespace) -> list[dict[str, Any]]:
     repeated = {
         f"{name}\n{part}": lambda call=call: [call() for _ in range(STEPS)] for (name, part), call in calls.items()
     }
-    times = in_turn(repeated, given.rounds)
+    times = in_turn(repeated, given.rounds, clock=time.thread_time)
     reach, found = bandwidth(8 if given.quick else 96), []
     for (name, part), call in calls.items():
         seconds, of = median(times[f"{name}\n{part}"]) / STEPS, made[name][1][part]

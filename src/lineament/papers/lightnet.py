@@ -121,7 +121,8 @@ def _trained(arm: str, seed: int, epochs: int) -> dict[str, float]:
 
 
 def _speed(repeats: int) -> dict[str, dict[int, float]]:
-    """Median seconds of a forward pass over a grid: 2 heads of 64, float32, one thread, forms taking turns."""
+    """Median seconds (of the thread) of a pass over a grid: 2 heads of 64, float32, forward, forms taking turns."""
+    import time
     from statistics import median
 
     import torch
@@ -142,7 +143,7 @@ def _speed(repeats: int) -> dict[str, dict[int, float]]:
             "one decay scan": lambda x=(q, k, v, gate): ops.decayed_attention(*x),
             "four decay scans": lambda x=(q, k, v, gate): [ops.decayed_attention(*x) for _ in range(4)],
         }
-        for form, seconds in in_turn(forms, repeats).items():
+        for form, seconds in in_turn(forms, repeats, clock=time.thread_time).items():
             found.setdefault(form, {})[side] = median(seconds)
     torch.set_num_threads(threads)
     return found

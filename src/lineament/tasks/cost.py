@@ -120,18 +120,26 @@ Step = Callable[[], Any]
 
 
 def in_turn(
-    steps: Mapping[str, Step], repeats: int, warmup: int = 1, device: torch.device = CPU
+    steps: Mapping[str, Step],
+    repeats: int,
+    warmup: int = 1,
+    device: torch.device = CPU,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Run steps in turn and return the seconds of each, so that whatever else the machine does falls on all of them."""
+    """Run steps in turn and return the seconds of each, so that whatever else the machine does falls on all of them.
+
+    Args:
+        clock: `time.thread_time` for work on one thread of a busy machine: waiting for other processes doesn't count.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(warmup + repeats):
         for name, step in steps.items():
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             step()
             _wait(device)
             if number >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
