@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lineament import data, train
 from lineament._base.seeds import generator, seeded
