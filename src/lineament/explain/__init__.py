@@ -12,6 +12,8 @@
 - `depth(model, texts) -> Depth`: what each layer writes, changes and knows; `layer_maps`: maps between two models.
 - `direct_logits` (what each node writes into the answer), `patterns` (who attends to whom), `steering_vector` and
   `steered` (a direction added while a model runs).
+- `align(model, layer, algorithm, examples, unseen) -> Alignment`: does a layer hold an algorithm's variables?
+  `complexity`: the same with growing maps beside an untrained copy; `interchange`: the intervention itself.
 - `blind_spots(classifier, sources, targets) -> BlindSpots`: other images of equal confidence; `path`, `triangle`.
 - `Dictionary`: transcoders and sparse autoencoders. `.load(folder)`, `.save(folder)` in SAELens's layout;
   `cache_activations`, `train_dictionary`, `evaluate_dictionaries` (beside `best_affine`); `placed(model, dictionary)`
@@ -22,6 +24,7 @@
 - `infidelity`, `sensitivity`, `flipping` (`flip_curves` by row), `abpc`: how good an explanation is.
 """
 
+from lineament.explain.align import AlignConfig, Alignment, align
 from lineament.explain.blindspots import (
     BlindSpots,
     blind_spots,
@@ -31,6 +34,7 @@ from lineament.explain.blindspots import (
     straight_line,
 )
 from lineament.explain.circuit import Circuit, circuit, evaluate_circuit
+from lineament.explain.complexity import Complexity, complexity, untrained_copy
 from lineament.explain.coverage import coverage
 from lineament.explain.depth import Depth, depth, layer_maps
 from lineament.explain.dictionaries import (
@@ -59,6 +63,7 @@ from lineament.explain.dictionaries import (
 )
 from lineament.explain.direct import direct_logits
 from lineament.explain.effects import Effects, agreement, effects
+from lineament.explain.interchange import interchange
 from lineament.explain.ledger import COLUMNS, Ledger
 from lineament.explain.linear import AlphaBeta, Dynamic, Epsilon, Flat, Gamma, Linear, WSquare, ZBox, ZPlus
 from lineament.explain.methods import METHODS, DeepLift, IntegratedGradients, Occlusion, Rollout, SmoothGrad
@@ -77,10 +82,13 @@ __all__ = [
     "OPERATORS",
     "RULES",
     "Activations",
+    "AlignConfig",
+    "Alignment",
     "AlphaBeta",
     "AttributionGraph",
     "BlindSpots",
     "Circuit",
+    "Complexity",
     "Dashboard",
     "DeepLift",
     "Depth",
@@ -110,12 +118,14 @@ __all__ = [
     "ZPlus",
     "abpc",
     "agreement",
+    "align",
     "anisotropy",
     "attribute",
     "best_affine",
     "blind_spots",
     "cache_activations",
     "circuit",
+    "complexity",
     "confidence_path",
     "confidence_triangle",
     "connections",
@@ -133,6 +143,7 @@ __all__ = [
     "flip_curves",
     "flipping",
     "infidelity",
+    "interchange",
     "into_feature",
     "layer_maps",
     "patterns",
@@ -146,4 +157,5 @@ __all__ = [
     "straight_line",
     "substituted",
     "train_dictionary",
+    "untrained_copy",
 ]

@@ -155,6 +155,15 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     return model(*positional, **given)
 
 
+def one_place(model: nn.Module, site: Where) -> str:
+    """Return the name of the only place that is meant."""
+    outs, ins = tapped(model, [aliased(model, site)])
+    names = [*outs, *(f"{name}:input" for name in ins)]
+    if len(names) != 1:
+        raise InputError(f"{site!r} means {len(names)} places; name one")
+    return names[0]
+
+
 def values_at(
     model: nn.Module, inputs: Mapping[str, Any], places: Sequence[Where], *, stop: bool = False
 ) -> dict[str, Tensor]:

@@ -152,7 +152,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     Raises:
         InputError: the model would drop out or normalise by the batch.
     """
-    _check_mode(model)
+    check_mode(model)
     flags = {p: p.requires_grad for p in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -169,7 +169,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
                 p.requires_grad_(flag)
 
 
-def _check_mode(model: nn.Module) -> None:
+def check_mode(model: nn.Module) -> None:
+    """Refuse a model whose passes would differ: it drops out, or normalises by the batch."""
     for name, module in model.named_modules():
         if not module.training:
             continue

@@ -21,7 +21,7 @@ class Restart:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any], sites: Iterable[str]) -> None:
         self.model, self.inputs = model, inputs
-        self.layers, self.norm = _layers(model)
+        self.layers, self.norm = decoder_layers(model)
         self.starts = {site: self._start(site) for site in sites}
         self.hidden = self._hidden({start for start, _ in self.starts.values() if start})
 
@@ -67,7 +67,8 @@ class Restart:
         }
 
 
-def _layers(model: nn.Module) -> tuple[list[str], str]:
+def decoder_layers(model: nn.Module) -> tuple[list[str], str]:
+    """Return the names of a decoder's layers in order, and of its last norm; none of a model we know no family for."""
     try:
         adapter = adapter_for(model)
         count = len(model.get_submodule(adapter.layers))  # type: ignore[arg-type]

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError
-from lineament.explain.places import aliased, replaced, values_at
-from lineament.explain.recording import tapped
+from lineament.explain.places import one_place, replaced, values_at
 from lineament.explain.relevance import named
 
 
@@ -25,7 +24,7 @@ def steering_vector(
     Raises:
         InputError: the place holds no [B, T, D], or the position is outside a prompt.
     """
-    name = _only(model, site)
+    name = one_place(model, site)
     means = []
     for inputs in (positive, negative):
         x = values_at(model, named(model, inputs), [name])[name]
@@ -55,13 +54,5 @@ def steered(model: nn.Module, site: str, vector: Tensor, *, strength: float = 1.
             raise InputError(f"the vector is {list(vector.shape)} and {site!r} holds {list(x.shape)}")
         return x + strength * vector.to(x)
 
-    with replaced(model, _only(model, site), change):
+    with replaced(model, one_place(model, site), change):
         yield model
-
-
-def _only(model: nn.Module, site: str) -> str:
-    outs, ins = tapped(model, [aliased(model, site)])
-    names = [*outs, *(f"{name}:input" for name in ins)]
-    if len(names) != 1:
-        raise InputError(f"{site!r} means {len(names)} places; name one")
-    return names[0]

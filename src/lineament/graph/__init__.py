@@ -22,7 +22,7 @@ from lineament.graph.residual import (
     skip_effects,
     transition_layer,
 )
-from lineament.graph.stream import Batch, hidden_of, output_from, run_from, stream
+from lineament.graph.stream import Batch, hidden_of, logits_in, output_from, run_from, stream
 from lineament.graph.surgery import swap, swapped, tied
 from lineament.graph.trace import Traced, trace
 from lineament.graph.where import Where, outline, select
@@ -53,6 +53,7 @@ __all__ = [
     "hidden_of",
     "linear_maps",
     "logit_lens",
+    "logits_in",
     "outline",
     "output_from",
     "patch",

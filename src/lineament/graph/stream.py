@@ -89,7 +89,7 @@ def run_from(model: nn.Module, layers: Sequence[str], start: int, hidden: Tensor
     Raises:
         InputError: an unknown layer, or `start` outside them.
     """
-    return _logits(output_from(model, layers, start, hidden, batch))
+    return logits_in(output_from(model, layers, start, hidden, batch))
 
 
 def output_from(model: nn.Module, layers: Sequence[str], start: int, hidden: Tensor, batch: Batch) -> Any:
@@ -111,7 +111,7 @@ def output_from(model: nn.Module, layers: Sequence[str], start: int, hidden: Ten
 
 def run(model: nn.Module, batch: Batch) -> Tensor:
     """Return the model's logits [B, T, vocabulary], without a cache."""
-    return _logits(_call(model, batch))
+    return logits_in(_call(model, batch))
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -195,7 +195,8 @@ def _no_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {"use_cache": False} if ("use_cache" in takes or wrapped) and not asked else {}
 
 
-def _logits(output: Any) -> Tensor:
+def logits_in(output: Any) -> Tensor:
+    """Return the logits of what a model returned, its last hidden state if it has none."""
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)

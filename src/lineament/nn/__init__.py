@@ -15,6 +15,7 @@
   `LocalKernel`) as large as the image. `GroupedStandardization`, `ByBatch`, `by_sample`: nothing learned in them.
 - `ResidualMLP(config)`, `matched(shape, ..., budget)`: residual MLPs with a narrow or a wide skip, of equal parameters.
 - `Residual`, `SideBySide`, `Through`, `fuse`: residual layers next to each other, and those as one wide layer.
+- `Rotation`, `InvertibleLinear`, `Reversible`, `Reordered`, `BIJECTIONS`: maps that can be undone.
 - `Experts(ExpertsConfig(...))`, `Router`: a feed-forward layer's own units in groups, of which some work on a token.
   `SelectiveMLP(SelectiveConfig(...))`: a gated one that reads only the neurons its gate lets speak.
 - `MaskedLinear(group_mask(...))`, `MaskedConv2d`: sparse layers of groups; `PackedLinear` runs them as tiles; `with
@@ -24,6 +25,7 @@
 """
 
 from lineament.nn.additive import CountedState, Lightning, LinearHeads
+from lineament.nn.bijections import BIJECTIONS, InvertibleLinear, Reordered, Reversible, Rotation
 from lineament.nn.build import BUILDERS, PUBLISHED, build
 from lineament.nn.config import MixerConfig
 from lineament.nn.decays import share_lower_bounds_
@@ -53,6 +55,7 @@ from lineament.nn.toeplitz import ToeplitzEncoding
 from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow, quiet_log_scale
 
 __all__ = [
+    "BIJECTIONS",
     "BUILDERS",
     "FEATURE_MAPS",
     "GROWTHS",
@@ -75,6 +78,7 @@ __all__ = [
     "HyperBlock",
     "HyperConfig",
     "HyperKernel",
+    "InvertibleLinear",
     "KeyValues",
     "LayerState",
     "Lightning",
@@ -87,11 +91,14 @@ __all__ = [
     "MixerCache",
     "MixerConfig",
     "PackedLinear",
+    "Reordered",
     "Residual",
     "ResidualMLP",
     "ResidualMLPConfig",
+    "Reversible",
     "ReweightingHead",
     "Rewiring",
+    "Rotation",
     "Router",
     "Rows",
     "Scanned",

@@ -1,6 +1,7 @@
 """What to predict and how it is scored: perplexity, retrieval, agreement with a teacher, and what a model costs."""
 
 from lineament.tasks.agreement import Agreement, agreement
+from lineament.tasks.algorithms import Algorithm, Examples, Interventions, counterfactual, interventions
 from lineament.tasks.characters import Characters, character_model, characters, learn_characters, score_characters
 from lineament.tasks.contrast import (
     LinearFeatures,
@@ -23,6 +24,7 @@ from lineament.tasks.cost import (
     peak_memory,
     prefill_speed,
 )
+from lineament.tasks.equality import ALGORITHMS, equality_batches, equality_examples, learned_mlp
 from lineament.tasks.haystack import Haystack
 from lineament.tasks.match3 import match3, match3_batch, match3_by_hand
 from lineament.tasks.mixing import mixing_weights, near_share
@@ -53,16 +55,20 @@ from lineament.tasks.shared_haystack import Body, make_bodies, score_bodies
 from lineament.tasks.templates import KINDS, SETS
 
 __all__ = [
+    "ALGORITHMS",
     "FACTS",
     "KINDS",
     "PROBES",
     "RECALLS",
     "SETS",
     "Agreement",
+    "Algorithm",
     "Body",
     "Characters",
     "ContextGain",
+    "Examples",
     "Haystack",
+    "Interventions",
     "LinearFeatures",
     "Perplexity",
     "Prompt",
@@ -77,16 +83,21 @@ __all__ = [
     "characters",
     "class_means",
     "context_gain",
+    "counterfactual",
     "decode_speed",
     "effective_rank",
+    "equality_batches",
+    "equality_examples",
     "feature_weights",
     "filled_cache",
     "gain_kept",
     "in_turn",
     "info_nce",
+    "interventions",
     "is_student",
     "knn_probe",
     "learn_characters",
+    "learned_mlp",
     "lowered",
     "make_bodies",
     "make_prompts",

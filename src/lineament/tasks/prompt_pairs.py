@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lineament._base.errors import InputError, unknown
 from lineament._base.seeds import generator
+from lineament.tasks.algorithms import Algorithm, Examples
 from lineament.tasks.templates import _many
 
 NAMES = _many(
@@ -93,6 +94,26 @@ def indirect_object_pairs(count: int, *, seed: int = 0, fits: Callable[[str], bo
         said = [saying.format(a=a, b=b, place=place, thing=thing, giver=each) for each in (giver, other)]
         found.append(Pair(said[0], said[1], (f" {other}",), (f" {giver}",)))
     return found
+
+
+INDIRECT_OBJECT = Algorithm(
+    "indirect object", ("second",),
+    {"second is it": (("second",), lambda second: second), "out": (("second is it",), lambda v: v.long())}, "out",
+)  # fmt: skip
+"""Answers with the name mentioned second if that is the indirect object, else with the first (of two choices)."""
+
+
+def mention_examples(tokenizer: Any, pairs: Sequence[Pair]) -> Examples:
+    """Return prompts of `indirect_object_pairs` as examples of `INDIRECT_OBJECT`, read at their last token.
+
+    Draw those to learn from and those to measure on with disjoint names (`fits`), lest a map learns names.
+    """
+    encoded = encode(tokenizer, pairs)
+    said = [[pair.clean.index(name[0].strip()) for name in (pair.answer, pair.distractor)] for pair in pairs]
+    second = torch.tensor([answer > other for answer, other in said])
+    names = torch.cat([encoded.answer, encoded.distractor], 1)
+    choices = torch.where(second[:, None], names.flip(1), names)
+    return Examples({"input_ids": encoded.clean}, {"second": second}, positions=encoded.last, choices=choices)
 
 
 def greater_than_pairs(count: int, *, seed: int = 0, fits: Callable[[str], bool] | None = None) -> list[Pair]:
