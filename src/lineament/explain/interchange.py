@@ -57,8 +57,8 @@ class Layer:
 
     def answers(self, rows: Tensor, new: Tensor | None = None) -> Tensor:
         """Return the scores [n, C] of some rows, with `new` [n, D] in place of their hidden states if given."""
-        inputs, at = self._rows(rows), None if self.positions is None else self.positions[rows.to(self.positions.device)]
-        kept = None
+        inputs, kept = self._rows(rows), None
+        at = None if self.positions is None else self.positions[rows.to(self.positions.device)]
         if at is not None and accepts(self.model, "logits_to_keep"):
             kept = at.unique()
             inputs["logits_to_keep"] = kept
@@ -108,15 +108,18 @@ class Layer:
 
     def _passed_on(self, inputs: Mapping[str, Any]) -> Tensor:
         module, received = self.name.removesuffix(":input"), self.name.endswith(":input")
-        with torch.no_grad(), capture(
-            self.model, lambda name, _: name == module, inputs=received, outputs=not received, clone=True, stop=True
-        ) as seen:
+        with (
+            torch.no_grad(),
+            capture(
+                self.model, lambda name, _: name == module, inputs=received, outputs=not received, clone=True, stop=True
+            ) as seen,
+        ):
             run(self.model, inputs)
         if not seen[module]:
             raise InputError(f"{module!r} was not called by the model's forward; name a layer that is")
         found = first_tensor(seen[module][0])
         if not found.is_floating_point() or len(found) != len(next(iter(inputs.values()))):
-            raise InputError(f"{self.name!r} holds {list(found.shape)}, {found.dtype}; expected floats, a row an example")
+            raise InputError(f"{self.name!r} holds {list(found.shape)}, {found.dtype}; expected floats, a row each")
         return found
 
     @staticmethod
@@ -156,8 +159,10 @@ def check_blocks(blocks: Blocks, width: int) -> None:
     for name, block in blocks.items():
         mine = set(range(block.start or 0, block.stop))
         if not mine or taken & mine or block.stop > width:
-            raise InputError(f"variable {name!r} stands at coordinates {block.start or 0} to {block.stop - 1}; the layer "
-                             f"is {width} wide, and blocks neither overlap nor are empty")  # fmt: skip
+            raise InputError(
+                f"variable {name!r} stands at coordinates {block.start or 0} to {block.stop - 1}; the layer is {width} "
+                "wide, and blocks neither overlap nor are empty"
+            )
         taken |= mine
 
 

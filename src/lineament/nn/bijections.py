@@ -6,6 +6,7 @@ half precision.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class Reversible(nn.Module):
         hidden = width if hidden is None else hidden
         if width < 2 or min(blocks, hidden, depth) < 1:
             raise InputError(
-                f"width {width}, {blocks} blocks, {hidden} hidden, depth {depth}; expected a width from 2 on, others >= 1"
+                f"width {width}, {blocks} blocks, {hidden} hidden, depth {depth}; expected width >= 2, others >= 1"
             )
         a, b = self.halves = width // 2, width - width // 2
         self.F = nn.ModuleList(_mlp(b, hidden, depth, a) for _ in range(blocks))
@@ -163,5 +164,5 @@ BIJECTIONS: dict[str, Callable[[int], nn.Module]] = {
 
 def _mlp(inputs: int, hidden: int, depth: int, outputs: int) -> nn.Sequential:
     widths = [inputs, *[hidden] * depth]
-    layers = [x for a, b in zip(widths, widths[1:], strict=False) for x in (nn.Linear(a, b), nn.ReLU())]
+    layers = [x for a, b in pairwise(widths) for x in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))

@@ -61,7 +61,8 @@ RECORD = Paper(
 )
 
 SCALES = {  # seeds; steps of the net, of a map, of maps of untrained nets; layers; "smoke": the mechanics only
-    "smoke": (1, 4, 3, 3, (0, 2)), "small": (1, 6000, 2000, 3000, (0, 2)), "full": (10, 20_000, 10_000, 10_000, (0, 1, 2)),
+    "smoke": (1, 4, 3, 3, (0, 2)), "small": (1, 6000, 2000, 3000, (0, 2)),
+    "full": (10, 20_000, 10_000, 10_000, (0, 1, 2)),
 }  # fmt: skip
 RULES = {  # fixed before the first run: the worst seed of each; (at least, at most)
     "IIA at layer 3, rotation": (0.0, 0.6),
@@ -96,8 +97,8 @@ def experiment(scale: str = "small") -> Any:
     return Evidence.judged(
         dict(zip(RULES, (max(rotation), min(one), min(lead)), strict=True)), RULES, verdict=scale != "smoke",
         name=RECORD.slug, claim=RECORD.claim, rows=rows, seeds=list(range(seeds)), seconds=time.perf_counter() - began,
-        notes="IIA is of 10,000 interventions among unseen inputs; chance is the commonest answer, or leaving the answer "
-        "as it was, whichever is right more often. The first argument is the control: nothing should hold it.",
+        notes="IIA is of 10,000 interventions among unseen inputs; chance is the commonest answer, or leaving the "
+        "answer as it was, whichever is right more often. The first argument is the control: nothing should hold it.",
     )  # fmt: skip
 
 
@@ -116,9 +117,8 @@ def _run(
         tasks.equality_examples("hierarchical", count, seed=1000 * seed + 7 + i)
         for i, count in enumerate((200_000, 20_000))
     )
-    both, arms = "both equalities", []
-    for layer in layers:
-        arms += [("trained", layer, both, name) for name in (["rotation", *MAPS, *SWEEP] if full else ["rotation", ONE])]
+    both, names = "both equalities", [*MAPS, *SWEEP] if full else ["rotation", ONE]
+    arms = [("trained", layer, both, name) for layer in layers for name in names]
     arms += [("untrained", 2, both, "rotation"), ("untrained", 2, both, STRONG), ("trained", 2, "first argument", ONE)]
     if full:
         arms += [("untrained", 2, both, name) for name in SWEEP]

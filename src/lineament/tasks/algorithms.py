@@ -210,8 +210,6 @@ def interventions(
                 f"{changing:g} can't be drawn"
             )
         kept = kept[torch.randperm(count, generator=random)]
-        return Interventions(
-            many.base[kept], many.sources[kept], many.mask[kept], many.labels[kept], many.before[kept]
-        )
+        return Interventions(many.base[kept], many.sources[kept], many.mask[kept], many.labels[kept], many.before[kept])
 
     return draw

@@ -1,7 +1,7 @@
 """Are two vectors equal, and what follows: tasks whose intermediate variables are known (arXiv:2507.08802).
 
 Hierarchical equality asks whether two pairs are both equal or both not, the distributive law for `(a and b) or (b and
-c)` of three equalities. Each can be computed by several algorithms, so that each of them can be looked for in a network.
+c)` of three equalities. Each can be computed by several algorithms, and each of these be looked for in a network.
 """
 
 from collections.abc import Callable
