@@ -1,4 +1,4 @@
-"""Text and images by name: what installed packages carry, the user's files, the Hub; and text as tokens."""
+"""Text and images by name: what installed packages carry, the user's files, the Hub; text as tokens; finite groups."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from lineament._base.errors import InputError, near_miss
 from lineament.data.carriers import cloud_docs, docstrings, python_source, python_topics
 from lineament.data.files import SUFFIXES, from_hub, from_path
+from lineament.data.groups import Group, Irrep, generated, irreps, load_group, product, purity
 from lineament.data.images import IMAGES, Images, image_batches, load_images, normalized
 from lineament.data.packing import (
     PackedTokens,
@@ -25,18 +26,25 @@ __all__ = [
     "IMAGES",
     "NAMES",
     "SPLITS",
+    "Group",
     "Images",
+    "Irrep",
     "PackedTokens",
     "Tokenizer",
     "batches",
     "beginning",
     "epoch_rows",
+    "generated",
     "image_batches",
+    "irreps",
+    "load_group",
     "load_images",
     "load_patches",
     "load_text",
     "normalized",
     "pack",
+    "product",
+    "purity",
     "split_documents",
     "tokenize",
     "windows",

@@ -14,6 +14,8 @@
   `steered` (a direction added while a model runs).
 - `align(model, layer, algorithm, examples, unseen) -> Alignment`: does a layer hold an algorithm's variables?
   `complexity`: the same with growing maps beside an untrained copy; `interchange`: the intervention itself.
+- `energy(w, pairs, labels)`, `ascend(group)`, `ridge_gradient`: what features climb when a net learns a group's table;
+  `Stages(group)` watches `tasks.grok`, `stages_png` draws it.
 - `blind_spots(classifier, sources, targets) -> BlindSpots`: other images of equal confidence; `path`, `triangle`.
 - `Dictionary`: transcoders and sparse autoencoders. `.load(folder)`, `.save(folder)` in SAELens's layout;
   `cache_activations`, `train_dictionary`, `evaluate_dictionaries` (beside `best_affine`); `placed(model, dictionary)`
@@ -63,6 +65,7 @@ from lineament.explain.dictionaries import (
 )
 from lineament.explain.direct import direct_logits
 from lineament.explain.effects import Effects, agreement, effects
+from lineament.explain.energy import ascend, energy, energy_gradient, feature_gradient, ridge_gradient, ridge_top
 from lineament.explain.interchange import interchange
 from lineament.explain.ledger import COLUMNS, Ledger
 from lineament.explain.linear import AlphaBeta, Dynamic, Epsilon, Flat, Gamma, Linear, WSquare, ZBox, ZPlus
@@ -74,6 +77,7 @@ from lineament.explain.quality import abpc, flip_curves, flipping, infidelity, s
 from lineament.explain.relevance import Relevance, relevance
 from lineament.explain.rules import RULES, Rules
 from lineament.explain.scope import Scope, anisotropy, scope
+from lineament.explain.stages import Stages, readout, stages_png
 from lineament.explain.steering import steered, steering_vector
 
 __all__ = [
@@ -113,6 +117,7 @@ __all__ = [
     "Rules",
     "Scope",
     "SmoothGrad",
+    "Stages",
     "WSquare",
     "ZBox",
     "ZPlus",
@@ -120,6 +125,7 @@ __all__ = [
     "agreement",
     "align",
     "anisotropy",
+    "ascend",
     "attribute",
     "best_affine",
     "blind_spots",
@@ -136,9 +142,12 @@ __all__ = [
     "direct_logits",
     "direct_tokens",
     "effects",
+    "energy",
+    "energy_gradient",
     "evaluate_circuit",
     "evaluate_dictionaries",
     "feature_circuit",
+    "feature_gradient",
     "feature_picture",
     "flip_curves",
     "flipping",
@@ -148,10 +157,14 @@ __all__ = [
     "layer_maps",
     "patterns",
     "placed",
+    "readout",
     "relevance",
+    "ridge_gradient",
+    "ridge_top",
     "scope",
     "sensitivity",
     "ssim",
+    "stages_png",
     "steered",
     "steering_vector",
     "straight_line",

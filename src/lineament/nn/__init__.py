@@ -52,9 +52,11 @@ from lineament.nn.standardization import ByBatch, GroupedStandardization, by_sam
 from lineament.nn.subsampled import SubsampledAttention, Subsampling
 from lineament.nn.tensor_attention import TensorAttention
 from lineament.nn.toeplitz import ToeplitzEncoding
+from lineament.nn.two_layer import ACTIVATIONS, TwoLayer
 from lineament.nn.windowed import HedgehogWindow, Lolcats, SoftmaxWindow, quiet_log_scale
 
 __all__ = [
+    "ACTIVATIONS",
     "BIJECTIONS",
     "BUILDERS",
     "FEATURE_MAPS",
@@ -113,6 +115,7 @@ __all__ = [
     "TensorAttention",
     "Through",
     "ToeplitzEncoding",
+    "TwoLayer",
     "between_for",
     "build",
     "by_sample",

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from lineament._base.errors import InputError, unknown
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
-OPTIMIZERS = ("adamw", "sgd", "kar3")
+OPTIMIZERS = ("adamw", "sgd", "kar3", "muon")
 PRECISIONS = ("fp32", "bf16")
 DECAY_SHARE = 0.2  # of the steps, at the end of warm-up, stable, decay
 
@@ -26,7 +26,9 @@ class FitConfig:
         clip: largest norm of the gradient; None leaves it.
         accumulate: batches per step; several processes share them.
         precision: "fp32", or "bf16" autocast over float32 master weights.
-        betas: of AdamW, and of Kar3's two averages (0.5 and 0.95 as published); the first is SGD's momentum.
+        betas: of AdamW, and of Kar3's two averages (0.5 and 0.95 as published); the first is SGD's and Muon's momentum.
+        optimizer: a name of `OPTIMIZERS`, or {glob over parameter names: name}, where the first glob that matches
+            counts. "muon" is torch's, for matrices, without Nesterov: {"*.weight": "muon", "*": "adamw"}.
         seed: of what is drawn during training (dropout).
         checkpoint_every, log_every: steps.
 
@@ -44,7 +46,7 @@ class FitConfig:
     clip: float | None = 1.0
     accumulate: int = 1
     precision: str = "fp32"
-    optimizer: str = "adamw"
+    optimizer: str | Mapping[str, str] = "adamw"
     seed: int = 0
     checkpoint_every: int = 50
     log_every: int = 1
@@ -52,7 +54,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         for kind, value, known in (
             ("schedule", self.schedule, SCHEDULES),
-            ("optimizer", self.optimizer, OPTIMIZERS),
+            *(("optimizer", name, OPTIMIZERS) for name in self._optimizers().values()),
             ("precision", self.precision, PRECISIONS),
         ):
             if value not in known:
@@ -71,6 +73,13 @@ class FitConfig:
         if not isinstance(self.lr, Mapping):
             return self.lr
         return next((rate for glob, rate in self.lr.items() if fnmatchcase(name, glob)), None)
+
+    def optimizer_of(self, name: str) -> str | None:
+        """Return the name of a parameter's optimiser, or None when no glob matches its name."""
+        return next((each for glob, each in self._optimizers().items() if fnmatchcase(name, glob)), None)
+
+    def _optimizers(self) -> Mapping[str, str]:
+        return self.optimizer if isinstance(self.optimizer, Mapping) else {"*": self.optimizer}
 
     def factor(self, step: int) -> float:
         """Return what the peak learning rate is multiplied by at a step, counted from 0.

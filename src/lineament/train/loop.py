@@ -22,6 +22,7 @@ from lineament._base.seeds import seeded
 from lineament.train import checkpoint
 from lineament.train.config import FitConfig
 from lineament.train.kar3 import Kar3
+from lineament.train.several import Several
 
 Batches = Callable[[int], Any]
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, float]]]
@@ -50,7 +51,7 @@ def fit(
     out: str | Path | None = None,
     resume: bool = True,
     accelerator: Accelerator | None = None,
-    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+    on_step: Callable[[int, Mapping[str, float]], bool | None] | None = None,
     description: str = "train",
 ) -> Fitted:
     """Train the parameters of a model that require a gradient, in place.
@@ -64,7 +65,7 @@ def fit(
         resume: go on from the checkpoint in `out`; the result is that of an uninterrupted run, to the bit (same
             machine and threads). False starts anew.
         accelerator: as made by the caller; by default as `accelerate launch` configures it.
-        on_step: called with (step, numbers) after every step.
+        on_step: called with (step, numbers) after every step; where it returns True, the run ends there.
 
     Raises:
         InputError: nothing can learn, or the checkpoint belongs to other settings. TrainingError: the loss is not a
@@ -72,22 +73,24 @@ def fit(
     """
     accelerator = accelerator or Accelerator()
     run = _Run(model, config, accelerator, None if out is None else Path(out))
-    began, numbers = time.perf_counter(), {}
+    began, numbers, done = time.perf_counter(), {}, config.steps
     with seeded(config.seed), _interrupts() as stop, _progress(description, config.steps, accelerator) as show:
         first = run.start(resume)
         show(first, {})
         for step in range(first, config.steps):
             numbers = run.step(step, batches, loss)
-            if on_step:
-                on_step(step, numbers)
+            enough = run.any_of(on_step is not None and on_step(step, numbers) is True)
             show(step + 1, numbers)
             run.log(step, numbers)
             stopping = run.any_of(stop.is_set())
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping:
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping or enough:
                 run.save(step + 1)
             if stopping:
                 raise KeyboardInterrupt
-    return Fitted(config.steps, time.perf_counter() - began, run.metrics, numbers)
+            if enough:
+                done = step + 1
+                break
+    return Fitted(done, time.perf_counter() - began, run.metrics, numbers)
 
 
 class _Run:
@@ -190,24 +193,44 @@ class _Run:
 
 
 def _groups(names: Mapping[nn.Parameter, str], config: FitConfig) -> list[dict[str, Any]]:
-    """Return the optimiser's groups: one per learning rate and weight decay, in the model's order."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """Return the optimisers' groups: one per optimiser, learning rate and weight decay, in the model's order."""
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for p, name in names.items():
-        rate = config.rate(name)
+        rate, kind = config.rate(name), config.optimizer_of(name)
         if rate is None:
             raise InputError(f"no learning rate for {name}; the globs are {', '.join(config.lr)}")  # pyright: ignore
-        groups.setdefault((rate, config.weight_decay if p.dim() > 1 else 0.0), []).append(p)
+        if kind is None:
+            raise InputError(f"no optimizer for {name}; the globs are {', '.join(config.optimizer)}")
+        if kind == "muon" and p.dim() != 2:
+            raise InputError(f"{name} is {list(p.shape)}; Muon is for matrices, give it another optimizer by a glob")
+        groups.setdefault((kind, rate, config.weight_decay if p.dim() > 1 else 0.0), []).append(p)
     if not groups:
         raise InputError("nothing can learn: no parameter of the model requires a gradient")
-    return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+    return [
+        {"params": ps, "lr": rate, "weight_decay": decay, "kind": kind} for (kind, rate, decay), ps in groups.items()
+    ]
 
 
 def _optimizer(groups: list[dict[str, Any]], config: FitConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.betas[0])
-    if config.optimizer == "kar3":
-        return Kar3(groups, betas=config.betas)
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+    made = [
+        OPTIMIZER_OF[kind]([group for group in groups if group["kind"] == kind], config)
+        for kind in dict.fromkeys(group["kind"] for group in groups)
+    ]
+    return made[0] if len(made) == 1 else Several(made)
+
+
+def _muon(groups: list[dict[str, Any]], config: FitConfig) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise InputError(f"torch {torch.__version__} has no Muon; it came with 2.9")
+    return torch.optim.Muon(groups, momentum=config.betas[0], nesterov=False)
+
+
+OPTIMIZER_OF: dict[str, Callable[[list[dict[str, Any]], FitConfig], torch.optim.Optimizer]] = {
+    "adamw": lambda groups, config: torch.optim.AdamW(groups, betas=config.betas, eps=config.eps),
+    "sgd": lambda groups, config: torch.optim.SGD(groups, momentum=config.betas[0]),
+    "kar3": lambda groups, config: Kar3(groups, betas=config.betas),
+    "muon": _muon,
+}
 
 
 def _share(step: int, batches: Batches, accumulate: int, accelerator: Accelerator) -> list[Any]:
