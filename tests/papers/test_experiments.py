@@ -20,8 +20,10 @@ def test_a_scale_that_is_none_is_named(slug):
 @pytest.mark.parametrize(
     "slug",
     [
+        "alignment-maps",
         "depth-efficiency",
         "g2gnet",
+        "grokking-li2",
         "hourglass-mlp",
         "i-lora",
         "level-set-traversal",

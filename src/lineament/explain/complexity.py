@@ -52,11 +52,10 @@ class Complexity:
 
     def png(self, *, dark: bool = False) -> bytes:
         """Draw accuracy under interventions against the parameters of the map, chance beside it."""
-        rows = self.rows()
-        series = {
-            where: [(max(1, row["parameters"]), row["IIA"]) for row in rows if row["in"] == where]
-            for where in dict.fromkeys(row["in"] for row in rows)
-        }
+        rows, series = self.rows(), {}
+        for where in dict.fromkeys(row["in"] for row in rows):
+            mine = [row for row in rows if row["in"] == where]
+            series[where] = ([max(1, row["parameters"]) for row in mine], [row["IIA"] for row in mine])
         chance = max(row["chance"] for row in rows if row["in"] == "model")
         return curve(
             series, xlabel="parameters of the map", ylabel="interchange-intervention accuracy", log="x",

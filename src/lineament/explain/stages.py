@@ -70,7 +70,7 @@ def stages_png(
 ) -> bytes:
     """Draw what was watched against the epoch, means over seeds."""
     epochs = sorted({row["epoch"] for row in found.rows})
-    series = {what: [(epoch, _mean(found.rows, epoch, what)) for epoch in epochs] for what in of}
+    series = {what: (epochs, [_mean(found.rows, epoch, what) for epoch in epochs]) for what in of}
     return curve(series, xlabel="epoch", ylabel="share", title=found.split.group.name, dark=dark)
 
 

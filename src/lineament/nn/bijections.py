@@ -46,7 +46,7 @@ class Rotation(nn.Module):
     @property
     def Q(self) -> Tensor:
         """The orthonormal columns [D, rank]."""
-        return self.linear.weight.T
+        return self.linear.weight.T  # pyright: ignore[reportReturnType]
 
     def forward(self, h: Tensor) -> Tensor:
         """Map [..., D] to [..., rank]."""

@@ -70,8 +70,7 @@ def experiment(scale: str = "small") -> Any:
         raise unknown("scale", scale, SCALES)
     began, size = time.perf_counter(), SCALES[scale]
     climbed, found = _climb(size["climb"])
-    rows = [climbed]
-    grokked, best = [], []
+    rows, grokked, best = [climbed], [], []
     for order in size["orders"]:
         made = [_learn(order, decay, size["epochs"], size["seeds"]) for decay in (2e-4, 0.0)]
         rows += [row for some in made for row in some]
