@@ -86,6 +86,20 @@ def test_every_subset_but_the_empty_one_is_drawn_and_half_change_the_output_if_a
     assert torch.equal(interventions(algorithm, examples)(600, 0).base, plain.base)
 
 
+def test_in_a_chain_the_partner_offers_the_equal_vector_and_pairs_are_as_before():
+    examples = equality_examples("hierarchical", 2000, chained=True)
+    first, second = examples.values["p1"], examples.values["p2"]
+    assert torch.equal(first[examples.partners], second)
+    assert abs((first == second).all(1).float().mean() - 0.5) < 0.05
+    algorithm = ALGORITHMS["first argument"]
+    chained = interventions(algorithm, examples)(2000, 0)
+    met = (first[chained.sources[:, 0]] == second[chained.base]).all(1)
+    assert abs(met.float().mean() - 0.5) < 0.05
+    plain = interventions(algorithm, equality_examples("hierarchical", 2000))(2000, 0)
+    other = equality_examples("hierarchical", 2000).values
+    assert (other["p1"][plain.sources[:, 0]] == other["p2"][plain.base]).all(1).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("task", ["hierarchical", "distributive"])
 def test_half_of_the_labels_are_true(task):
     x, y = equality_batches(task, 4000)(0)

@@ -98,7 +98,8 @@ def experiment(scale: str = "small") -> Any:
         dict(zip(RULES, (max(rotation), min(one), min(lead)), strict=True)), RULES, verdict=scale != "smoke",
         name=RECORD.slug, claim=RECORD.claim, rows=rows, seeds=list(range(seeds)), seconds=time.perf_counter() - began,
         notes="IIA is of 10,000 interventions among unseen inputs; chance is the commonest answer, or leaving the "
-        "answer as it was, whichever is right more often. The first argument is the control: nothing should hold it.",
+        "answer as it was, whichever is right more often. The first argument is the control: nothing should hold it; "
+        "half of its sources are chosen so that the vectors compared are equal.",
     )  # fmt: skip
 
 
@@ -113,10 +114,11 @@ def _run(
 
     nets = {"trained": tasks.learned_mlp("hierarchical", steps=learned, seed=seed),
             "untrained": tasks.learned_mlp("hierarchical", steps=0, seed=seed)}  # fmt: skip
-    known, unseen = (
-        tasks.equality_examples("hierarchical", count, seed=1000 * seed + 7 + i)
-        for i, count in enumerate((200_000, 20_000))
-    )
+    pools = {
+        chained: [tasks.equality_examples("hierarchical", count, seed=1000 * seed + 7 + i, chained=chained)
+                  for i, count in enumerate((200_000, 20_000))]
+        for chained in (False, True)
+    }  # fmt: skip
     both, names = "both equalities", [*MAPS, *SWEEP] if full else ["rotation", ONE]
     arms = [("trained", layer, both, name) for layer in layers for name in names]
     arms += [("untrained", 2, both, "rotation"), ("untrained", 2, both, STRONG), ("trained", 2, "first argument", ONE)]
@@ -131,6 +133,8 @@ def _run(
             batch=6400 if full else 1024, seed=seed,
             fit=replace(ADAM, steps=longer if net == "untrained" and B else steps),
         )  # fmt: skip
-        one = explain.align(nets[net], str(layer), tasks.ALGORITHMS[algorithm], known, unseen, config)
+        one = explain.align(
+            nets[net], str(layer), tasks.ALGORITHMS[algorithm], *pools[algorithm == "first argument"], config
+        )
         rows.append({"net": net, "map": name, "seed": seed, **one.row(), "layer": layer + 1})
     return rows

@@ -112,6 +112,8 @@ class Examples:
             for models without a token axis.
         choices: [N, C] class numbers of the model that may answer; the algorithm's output counts among them. All, in
             order, if None.
+        partners: [N], for each row another that half of its sources are. Where a variable is compared with a value
+            that hardly ever comes up again by chance (a vector), equal ones have to be offered.
 
     Raises:
         InputError: unequal numbers of rows.
@@ -121,11 +123,13 @@ class Examples:
     values: Mapping[str, Tensor]
     positions: Tensor | None = None
     choices: Tensor | None = None
+    partners: Tensor | None = None
 
     def __post_init__(self) -> None:
         inputs = {"the input": self.inputs} if isinstance(self.inputs, Tensor) else self.inputs
         counts = {name: len(x) for name, x in [*inputs.items(), *self.values.items()]}
-        counts |= {n: len(x) for n, x in (("positions", self.positions), ("choices", self.choices)) if x is not None}
+        others = (("positions", self.positions), ("choices", self.choices), ("partners", self.partners))
+        counts |= {name: len(x) for name, x in others if x is not None}
         if len(set(counts.values())) != 1:
             raise InputError(f"examples have a row each in every tensor; given {counts}")
         if not len(self):
@@ -178,6 +182,8 @@ def interventions(
 ) -> Callable[[int, int], Interventions]:
     """Return (count, seed) -> interventions: base and sources drawn independently, any subset but the empty one.
 
+    Half of the sources are the base's partner where examples have partners.
+
     Args:
         changing: share of interventions that change the algorithm's output; as it comes if None.
 
@@ -193,6 +199,9 @@ def interventions(
 
     def plain(count: int, random: torch.Generator) -> Interventions:
         rows = torch.randint(len(examples), (count, 1 + len(variables)), generator=random)
+        if examples.partners is not None:
+            near = torch.randint(2, (count, len(variables)), generator=random) == 1
+            rows[:, 1:] = torch.where(near, examples.partners[rows[:, :1]], rows[:, 1:])
         subset = torch.randint(1, 2 ** len(variables), (count, 1), generator=random)
         mask = (subset >> torch.arange(len(variables))) % 2 == 1
         return _counterfactual(algorithm, examples, natural, rows[:, 0], rows[:, 1:], mask)

@@ -58,10 +58,14 @@ ALGORITHMS = {
 """The first three compute hierarchical equality, the others the distributive law."""
 
 
-def equality_examples(task: str, count: int, *, seed: int = 0) -> Examples:
+def equality_examples(task: str, count: int, *, seed: int = 0, chained: bool = False) -> Examples:
     """Draw inputs [N, 16] ("hierarchical") or [N, 24] ("distributive") with the vectors p1, p2, ... they are made of.
 
     Pairs are equal with probability 1/2 in the first task; in the second, labels are balanced.
+
+    Args:
+        chained: the second vector of each row is the first of the next, its partner; else "first argument" would never
+            meet an equal vector, and setting it would always mean "not equal".
 
     Raises:
         InputError: an unknown task.
@@ -83,8 +87,13 @@ def equality_examples(task: str, count: int, *, seed: int = 0) -> Examples:
     equal = cases[torch.multinomial(wanted, count, replacement=True, generator=random)]
     p = torch.rand(count, pairs, 2, WIDTH, generator=random) - 0.5
     p[:, :, 1] = torch.where(equal[..., None], p[:, :, 0], p[:, :, 1])
+    if chained:
+        last = (~equal[:, 0]).cumsum(0) % max(1, int((~equal[:, 0]).sum()))  # which new vector stands second
+        p[:, 0, 1] = p[last, 0, 1]
+        p[:, 0, 0] = p[:, 0, 1].roll(1, 0)
     p = p.flatten(1, 2)
-    return Examples(p.flatten(1), {f"p{i + 1}": p[:, i] for i in range(2 * pairs)})
+    partners = torch.arange(1, count + 1) % count if chained else None
+    return Examples(p.flatten(1), {f"p{i + 1}": p[:, i] for i in range(2 * pairs)}, partners=partners)
 
 
 def equality_batches(task: str, size: int, *, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
