@@ -44,8 +44,8 @@ class Stages:
                 {"|G_F|": float(feature_gradient(F, labels, V).norm()) / len(F),
                  "F off-diagonal": _off_diagonal(centred.T @ centred),
                  "FF off-diagonal": _off_diagonal(centred @ centred.T),
-                 "turn of W": _turn(self.last and self.last[seed][0], W),
-                 "turn of V": _turn(self.last and self.last[seed][1], V),
+                 "turn of W": _turn(self.last[seed][0] if self.last else None, W),
+                 "turn of V": _turn(self.last[seed][1] if self.last else None, V),
                  **readout(W, self.parts, self.group)}
             )  # fmt: skip
         self.last = now

@@ -133,8 +133,7 @@ def _run(
             batch=6400 if full else 1024, seed=seed,
             fit=replace(ADAM, steps=longer if net == "untrained" and B else steps),
         )  # fmt: skip
-        one = explain.align(
-            nets[net], str(layer), tasks.ALGORITHMS[algorithm], *pools[algorithm == "first argument"], config
-        )
+        known, unseen = pools[algorithm == "first argument"]
+        one = explain.align(nets[net], str(layer), tasks.ALGORITHMS[algorithm], known, unseen, config)
         rows.append({"net": net, "map": name, "seed": seed, **one.row(), "layer": layer + 1})
     return rows
