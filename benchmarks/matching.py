@@ -80,7 +80,6 @@ def ours(net: str, profiled: bool) -> dict[str, Any]:
                 break
         return ascent
 
-    run()  # caches and allocators warm up
     if profiled:
         return share(run)
     ascent, took = timed(run)
@@ -130,13 +129,11 @@ def theirs(net: str, peer: Path) -> dict[str, Any]:
                 names[name][dim] = f"P{cls}"
     spec = port.permutation_spec_from_axes_to_perm({name: tuple(axes) for name, axes in names.items()})
     listed = list(spec.perm_to_axes)  # the port numbers its permutations as it meets them
-    queues = [[torch.tensor([listed.index(f"P{group.free[i]}") for i in order]) for order in orders] for _ in range(2)]
-    drawn = torch.randperm
+    queue = [torch.tensor([listed.index(f"P{group.free[i]}") for i in order]) for order in orders]
+    drawn, torch.randperm = torch.randperm, lambda count: queue.pop(0)  # type: ignore[assignment]
     try:
-        for queue in queues:  # the first run is to warm up
-            torch.randperm = lambda count, left=queue: left.pop(0)  # type: ignore[assignment]
-            with contextlib.redirect_stdout(io.StringIO()):
-                perm, took = timed(lambda: port.weight_matching(spec, a, b, max_iter=SWEEPS))
+        with contextlib.redirect_stdout(io.StringIO()):
+            perm, took = timed(lambda: port.weight_matching(spec, a, b, max_iter=SWEEPS))
     finally:
         torch.randperm = drawn
     return {**took, "objective": objective(a, port.apply_permutation(spec, perm, b))}
