@@ -61,7 +61,7 @@ def softmax_models(shape: dict[str, Any]) -> dict[str, Any]:
         num_attention_heads=shape["heads"], num_key_value_heads=shape["key_heads"], tie_word_embeddings=True,
         intermediate_size=ours.intermediate_size, max_position_embeddings=2 * EXTRAPOLATED,
     )  # fmt: skip
-    return {"softmax, transformers": LlamaForCausalLM(theirs), "softmax": DecoderForCausalLM(ours)}
+    return {"softmax, transformers": LlamaForCausalLM(theirs), "softmax, ours": DecoderForCausalLM(ours)}
 
 
 def models_of(mixer: str, shape: dict[str, Any]) -> dict[str, nn.Module]:
@@ -69,7 +69,7 @@ def models_of(mixer: str, shape: dict[str, Any]) -> dict[str, nn.Module]:
     made = softmax_models(shape)
     for ratio in ("pure", "3:1"):
         config = decoder_config(mixer, ratio=ratio, tie_word_embeddings=True, **shape)
-        model = DecoderForCausalLM(match_parameters(config, made["softmax"].config))
+        model = DecoderForCausalLM(match_parameters(config, made["softmax, ours"].config))
         made |= {ratio: model, f"{ratio}, free": freed(model)}
     return {name: model.eval() for name, model in made.items()}
 
@@ -120,7 +120,7 @@ def rows_of(mixer: str, shape: dict[str, Any], contexts: list[int], once: int | 
         if once and measured > 1:
             for of in times.values():
                 of[EXTRAPOLATED] = extrapolated(what, of, EXTRAPOLATED)
-        softmax = {c: min(times["softmax"][c], times["softmax, transformers"][c]) for c in times["softmax"]}
+        softmax = {c: min(s, times["softmax, transformers"][c]) for c, s in times["softmax, ours"].items()}
         for context, base in softmax.items():
             kind = {once: "once", EXTRAPOLATED: "extrapolated" if once else "median"}.get(context, "median")
             found.append({
