@@ -58,9 +58,9 @@ def _loaded(name: str, tokens: int, size: int) -> tuple[Any, Mapping[str, Any]]:
     folder = find_model(name)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if any("ImageClassification" in each for each in config.get("architectures") or ()):
-        net = classifier_of(folder)
+        picture = classifier_of(folder)
         side, channels = config.get("image_size", size), config.get("num_channels", 3)
-        return net, {"pixel_values": torch.randn(1, channels, side, side, generator=generator(0))}
-    net = load_model(name)
+        return picture, {"pixel_values": torch.randn(1, channels, side, side, generator=generator(0))}
+    net: Any = load_model(name)
     ids = torch.randint(0, int(net.config.vocab_size), (1, tokens), generator=generator(0))
     return net, {"input_ids": ids, "use_cache": False}

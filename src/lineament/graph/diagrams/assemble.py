@@ -117,8 +117,8 @@ def _refuse_writing(b: Builder, node: fx.Node, name: str) -> None:
     if schema is None or not schema.is_mutable or not isinstance(node.args[0], fx.Node):
         return
     source = node.args[0]
-    source = source.args[0] if Walk.name(source) == "getitem" else source
-    if Walk.name(source) in VIEWS:
+    inner = source.args[0] if Walk.name(source) == "getitem" else source
+    if isinstance(inner, fx.Node) and Walk.name(inner) in VIEWS:
         place = f" at {b.frame}" if b.frame else ""
         raise InputError(
             f"{name}_{place} writes into a part of a tensor; a diagram has no place for that: make a new one"
