@@ -35,7 +35,12 @@ def test_a_nets_term_computes_what_it_computes(name):
     assert found.term.opaque_share == 0
 
 
-@pytest.mark.parametrize("kind", ["hedgehog-window", "gated-deltanet", "kda"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["hedgehog-window", pytest.param("gated-deltanet", marks=SLOW), pytest.param("kda", marks=SLOW)]
+)
 def test_a_converted_student_is_drawn_and_computed(kind):
     student = tiny("llama", kind)
     found = graph.diagram(student, **IDS)
@@ -115,7 +120,7 @@ def boxes(svg):
         yield [(float(x), float(y), 0.6 * 10.5 * len(t.replace("̄", ""))) for x, y, t in found]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "ResNet", "U-Net"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=SLOW), "ResNet", "U-Net"])
 def test_a_drawing_is_well_formed_repeatable_and_its_labels_do_not_overlap(name):
     if name in tiny_models.MAKERS:
         model, call = tiny_models.tiny(name)[0], IDS
