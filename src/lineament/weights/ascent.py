@@ -49,9 +49,8 @@ class Ascent:
         # of these one assignment problem tells the gain exactly: nothing depends on them, and they stand once a tensor
         self.plain = {c for c in self.units if not (self.dependents[c] or classes[c].outer) and self._stands_once(c)}
         self.near = {c: self._touched(c, held) for c in self.units}
-        self.direct: dict[
-            str, tuple[int | None, int | None]
-        ] = {}  # name -> the classes of its first and last dimension
+        # name -> the classes of its first and last dimension
+        self.direct: dict[str, tuple[int | None, int | None]] = {}
         for name in self.trees:
             self._lay_out(name)
         self.waiting = set(self.units)  # units whose tensors moved since they were visited; others have nothing to gain
