@@ -243,7 +243,8 @@ def test_the_command_trains_and_does_not_train_again(trained, capsys):
     assert command([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["note"] for row in found["dictionaries"]] == ["finished before"] * 2
-    assert command([*arguments[:-2], "--k", "5"]) == 0  # finished ones are left alone
+    assert command([*arguments[:-2], "--k", "5"]) == 2  # it is not what is there
+    assert "other settings" in capsys.readouterr().err
 
 
 def test_the_command_scores_shows_and_traces(trained, tmp_path, capsys):

@@ -17,7 +17,7 @@ from lineament.explain.dictionaries.graph_page import GraphReport
 from lineament.explain.dictionaries.hooks import Placed, placed
 from lineament.explain.dictionaries.module import DictionaryConfig
 from lineament.explain.dictionaries.scores import DictionaryScore, best_affine, evaluate_dictionaries
-from lineament.explain.dictionaries.training import DictionaryTraining, train_dictionary
+from lineament.explain.dictionaries.training import DictionaryTraining, claim, train_dictionary
 from lineament.explain.places import aliased
 from lineament.explain.reading import text_of
 from lineament.models import adapter_for, load_teacher
@@ -151,9 +151,11 @@ def _trained(
     said: Said | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train and save one dictionary, unless it is there; return its row."""
-    if folder.exists():
-        return {"dictionary": folder.name, "note": "finished before"}
     checkpoint = folder.with_name(f"{folder.name}.training")
+    if folder.exists():
+        if checkpoint.exists():  # otherwise nobody knows how it was trained
+            claim(checkpoint, config, how, kept.digest)
+        return {"dictionary": folder.name, "note": "finished before"}
     found = train_dictionary(kept, config, how, places=at, out=checkpoint, said=said)
     save_dictionary(found.dictionary, folder)
     return {

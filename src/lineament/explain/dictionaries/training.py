@@ -116,7 +116,7 @@ def train_dictionary(
         if said:
             said(f"dictionary of {writes}", step + 1, training.steps)
 
-    _claim(out, config, training, activations.digest)
+    claim(out, config, training, activations.digest)
     fit = train.FitConfig(
         steps=training.steps, lr=training.lr, schedule=training.schedule, warmup=min(training.warmup, training.steps),
         betas=(0.9, 0.999), clip=None, seed=training.seed, checkpoint_every=training.checkpoint_every,
@@ -222,7 +222,7 @@ def _started(config: DictionaryConfig, seed: int, x: Tensor, y: Tensor) -> Dicti
     return d.train()
 
 
-def _claim(out: str | Path | None, config: DictionaryConfig, training: DictionaryTraining, digest: str) -> None:
+def claim(out: str | Path | None, config: DictionaryConfig, training: DictionaryTraining, digest: str) -> None:
     """Refuse a folder whose checkpoint was made with other settings or on other activations."""
     if out is None:
         return
