@@ -158,8 +158,8 @@ def load_group(name_or_path: str | Path) -> Group:
         InputError: no such group; the table is none.
 
     Example:
-        >>> [len(load_group(name)) for name in ("Z7", "D5", "S4", "A4", "Q8", "Z2xZ3")]
-        [7, 10, 24, 12, 8, 6]
+        >>> tuple(len(load_group(name)) for name in ("Z7", "D5", "S4", "A4", "Q8", "Z2xZ3"))
+        (7, 10, 24, 12, 8, 6)
     """
     name = str(name_or_path)
     if Path(name).suffix == ".json":
@@ -206,8 +206,8 @@ def irreps(group: Group) -> list[Irrep]:
     The isotypic components are the eigenspaces of a random symmetric element of the group algebra's centre.
 
     Example:
-        >>> [(each.dim, each.kind) for each in irreps(load_group("S3"))]
-        [(1, 'real'), (1, 'real'), (2, 'real')]
+        >>> tuple((each.dim, each.kind) for each in irreps(load_group("S3")))
+        ((1, 'real'), (1, 'real'), (2, 'real'))
     """
     M, classes = len(group), group.classes
     both = torch.minimum(classes, classes[group.inverse])  # a class and that of the inverses weigh the same
