@@ -21,12 +21,22 @@ if TYPE_CHECKING:
 RULES: dict[str, Callable[..., Any]] = {}
 
 
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
-        RULES.update(dict.fromkeys(names, function))
-        return function
+def entering(
+    table: dict[str, Callable[..., Any]],
+) -> Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """Return a decorator that enters a function into a table of rules, under names of operators."""
 
-    return enter
+    def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+            table.update(dict.fromkeys(names, function))
+            return function
+
+        return enter
+
+    return rule
+
+
+rule = entering(RULES)
 
 
 def shape(node: fx.Node, index: int | None = None) -> list[int]:

@@ -14,20 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lineament.graph.axis_rules import letters_of, shape
+from lineament.graph.axis_rules import entering, letters_of, shape
 from lineament.graph.diagrams.build import Builder, Labels, View
 from lineament.graph.diagrams.term import Repeat
 from lineament.graph.terms import Atom
 
 RULES: dict[str, Callable[..., Any]] = {}
-
-
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return enter
+rule = entering(RULES)
 
 
 def number(x: Any) -> float | None:
