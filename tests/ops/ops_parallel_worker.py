@@ -122,8 +122,8 @@ def heads(kind: str, full: tuple[int, ...] = (), packed=False, **options):
     return run
 
 
-def layer_inputs(batch=2):
-    found = {"q": (batch, 31, 4, 5), "k": (batch, 31, 2, 5), "v": (batch, 31, 2, 3), "x": (batch, 31, 8)}
+def layer_inputs(batch=2, T=31):
+    found = {"q": (batch, T, 4, 5), "k": (batch, T, 2, 5), "v": (batch, T, 2, 3), "x": (batch, T, 8)}
     return {n: numbers(*shape, seed=i, dtype=torch.float64) for i, (n, shape) in enumerate(found.items())}
 
 
@@ -169,6 +169,10 @@ def cases():
     for kind in ("kda", "gated-deltanet", "hedgehog-window", "cosformer", "gla"):
         yield f"layer {kind}", heads(kind, full=(1,)), layer_inputs()
         yield f"layer {kind} packed", heads(kind, full=(0,), packed=True), one_row(layer_inputs())
+    for kind, options in (("lightnet", {}), ("lightnet", {"virtual_zero": True}), ("diag", {"size": 4})):
+        name = " ".join(["heads", kind, *options])
+        yield name, heads(kind, **options), layer_inputs()
+        yield f"{name} packed", heads(kind, packed=True, **options), one_row(layer_inputs())
 
 
 def gradients(run, inputs, cotangent):
@@ -235,6 +239,7 @@ def traffic(rank, world) -> dict[str, list[int]]:
             "both directions": lambda T=T: bidirectional_attention(
                 *(x.exp() for x in list(recurrent("decayed", "none", T=T).values()))
             ),
+            "lightnet": lambda T=T: heads("lightnet")(layer_inputs(T=T)),
             "softmax": lambda T=T: causal_softmax(**{n: x for n, x in windowed(T=T).items() if n in "qkv"}),
         }
         for name, run in ops.items():

@@ -52,7 +52,7 @@ def test_bytes_of_linear_layers_do_not_depend_on_the_length(ranks):
     """16 and 64 tokens a rank: states and halos weigh the same, keys and values of softmax heads four times as much."""
     world = len(ranks)
     for found in ranks:
-        for name in ("decayed", "delta", "window", "both directions"):
+        for name in ("decayed", "delta", "window", "both directions", "lightnet"):
             short, long = found["traffic"][name]
             assert short == long, name
             assert long[2] == 0

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lineament._base.errors import unknown
+from lineament._base.errors import InputError, unknown
 from lineament.nn.config import MixerConfig
 from lineament.nn.state import State
-from lineament.ops.parallel import active
+from lineament.ops.parallel import Part, active, exchange, tied
 
 WEIGHTS = ("softmax", "relu")
 
@@ -39,8 +39,10 @@ class DiagHeads(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
-        if active() is not None:
-            raise NotImplementedError("block attention has no sequence-parallel form; run it on one process")
+        part, kept = active(), ()
+        if part is not None:
+            cu_seqlens = part.check_call(q.shape[1], cu_seqlens)
+            state, *kept = self._begun(part, k, v, state)
         C, (B, T) = self.size, q.shape[:2]
         if cu_seqlens is None:
             lengths, most = torch.full((B,), T, device=q.device), (T + (0 if state is None else C - 1) + C - 1) // C
@@ -63,7 +65,23 @@ class DiagHeads(nn.Module):
             blocks[1:] = [to.index_copy(0, old, y) for to, y in zip(blocks[1:], kept, strict=True)]
         o = self._attend(*(y.unflatten(0, (total, C)).transpose(1, 2) for y in blocks))
         o = o.transpose(1, 2).flatten(0, 1).index_select(0, place.flatten()).unflatten(0, (B, T))
-        return o, self._left(blocks, first, begun, lengths, state)
+        return tied(o, *kept) if kept else o, self._left(blocks, first, begun, lengths, state)
+
+    def _begun(self, part: Part, k: Tensor, v: Tensor, state: State) -> tuple[BlockState, Tensor]:
+        """Fetch the tokens of the block that this rank's first document has begun on earlier ranks."""
+        if state is not None:
+            raise InputError("block attention begins from nothing under sequence_parallel; leave state out")
+
+        def wants(rank: int) -> list[tuple[int, int]]:
+            start = part.starts[rank]
+            return [(start - (start - part.document_start(rank)) % self.size, start)]
+
+        halo = exchange(part, torch.cat([k.flatten(2), v.flatten(2)], -1), wants, kind="halo")
+        rows = len(k) if part.documents is None else len(part.borders) - 1
+        filled = torch.nn.functional.pad(halo, (0, 0, 0, self.size - halo.shape[1], 0, rows - len(halo)))
+        keys, values = filled.split([k[0, 0].numel(), v[0, 0].numel()], dim=-1)
+        count = part.counts(rows, k.device)
+        return BlockState(keys.unflatten(2, k.shape[2:]), values.unflatten(2, v.shape[2:]), count), halo
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend inside blocks [M, H, C, ..], causally."""

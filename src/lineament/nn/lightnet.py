@@ -11,9 +11,9 @@ from lineament._base.shapes import bind, check_heads
 from lineament.nn.config import MixerConfig
 from lineament.nn.positions import speeds
 from lineament.nn.recurrent import Terms, recur
-from lineament.nn.rows import positions
+from lineament.nn.rows import beginnings, positions
 from lineament.nn.state import State, widened
-from lineament.ops.parallel import active
+from lineament.ops.parallel import Part, active, gathered, tied
 
 NOTHING = -1e30  # the log of an empty sum: finite, so that no gradient becomes NaN
 
@@ -37,6 +37,17 @@ def log_sums(k: Tensor, before: Tensor, cu_seqlens: Tensor | None) -> tuple[Tens
     return torch.cat(behind, 1), torch.cat(ahead, 1), torch.cat(last)
 
 
+def reached(part: Part, k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log sums [rows, H, K] that this rank's rows begin with, and what every rank was asked for.
+
+    Each rank sends the log sum over the document it leaves unfinished: bytes don't depend on the tokens.
+    """
+    every = gathered(part, k[:, part.borders[-2] :].logsumexp(1))
+    entering = 1 if part.documents is not None else len(before)
+    first = torch.cat([before[None, :entering], every[part.holders.start : part.holders.stop]]).logsumexp(0)
+    return torch.cat([first, before[entering:]]), every
+
+
 class LightNet(nn.Module):
     """`z_t = log sum_{s<=t} e^{k_s}`, `S_t = Diag(e^{z_{t-1} - z_t}) S_{t-1} + e^{k_t - z_t} v_t^T` (arXiv:2405.21022).
 
@@ -56,13 +67,17 @@ class LightNet(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
-        if active() is not None:
-            raise NotImplementedError("LightNet has no sequence-parallel form; run it on one process")
+        part, kept = active(), ()
+        if part is not None:
+            cu_seqlens = part.check_call(q.shape[1], cu_seqlens)
+            if state is not None:
+                raise InputError("LightNet begins from nothing under sequence_parallel; leave state out")
         wide, logits, memory = widened(k).dtype, k.double(), None
         if state is None:
             rows = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-            before = logits.new_full((rows, *k.shape[2:]), self.start)
-            count = torch.zeros(rows, dtype=torch.int64, device=q.device)
+            before, count = logits.new_full((rows, *k.shape[2:]), self.start), beginnings(rows, q.device)
+            if part is not None:
+                before, *kept = reached(part, logits, before)
         else:
             memory, before, count = state
         behind, ahead, last = log_sums(logits, before, cu_seqlens)
@@ -74,6 +89,7 @@ class LightNet(nn.Module):
         terms = Terms(q, share, v, log_decay)
         o, memory = recur(terms, state=memory, cu_seqlens=cu_seqlens, backend=self.backend)
         seen = q.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+        o = tied(o, *kept) if kept else o
         return o, LightNetState(memory, last, count + seen)
 
 

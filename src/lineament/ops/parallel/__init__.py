@@ -7,12 +7,12 @@ softmax heads the earlier keys and values, counted apart.
 
 - `sequence_parallel`, `Part`: the context and what a rank knows in it. `active() -> Part | None`;
   `alone()`: a block that is this rank's own business.
-- `exchange`: any tokens of earlier ranks, one collective, differentiable. `summed`: a sum over all ranks, likewise.
-  `tied`: keeps a collective in the graph.
+- `exchange`: any tokens of earlier ranks, one collective, differentiable. `gathered`, `summed`: every rank's tensor, or
+  their sum, likewise. `tied`: keeps a collective in the graph.
 - `recurrence.py`, `window.py`: the doors' parallel forms.
 """
 
-from lineament.ops.parallel.collectives import exchange, summed, tied
+from lineament.ops.parallel.collectives import exchange, gathered, summed, tied
 from lineament.ops.parallel.part import Part, active, alone, sequence_parallel, stretches
 
-__all__ = ["Part", "active", "alone", "exchange", "sequence_parallel", "stretches", "summed", "tied"]
+__all__ = ["Part", "active", "alone", "exchange", "gathered", "sequence_parallel", "stretches", "summed", "tied"]

@@ -163,6 +163,25 @@ class _Summed(torch.autograd.Function):
         return _gather(grad, ctx.part).sum(0), None
 
 
+def gathered(part: Part, x: Tensor) -> Tensor:
+    """Return every rank's x, [world, ..] (kind "state" of `part.traffic`)."""
+    return _Gathered.apply(x, part)  # type: ignore[no-any-return]
+
+
+class _Gathered(torch.autograd.Function):
+    """Backward: what all ranks' gradients say of this rank's x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
+        ctx.part = part
+        return _gather(x, part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad, ctx.part)[:, ctx.part.rank].sum(0), None
+
+
 def only_if(wanted: bool, x: Tensor) -> Tensor:
     """Return x or zeros, in the graph either way: every rank's graph must hold the same collectives."""
     return x if wanted else x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)

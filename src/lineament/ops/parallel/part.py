@@ -58,6 +58,12 @@ class Part:
         return self.documents[bisect_right(self.documents, self.starts[rank]) - 1]
 
     @property
+    def holders(self) -> range:
+        """The earlier ranks that hold tokens of this rank's first document."""
+        start = self.document_start(self.rank)
+        return range(bisect_right(self.starts, start) - 1, self.rank) if self.before else range(0)
+
+    @property
     def before(self) -> int:
         """Tokens of this rank's first document that earlier ranks hold."""
         return self.starts[self.rank] - self.document_start(self.rank)
