@@ -166,3 +166,18 @@ def test_a_layer_refuses_a_mask_and_packing_together():
         layer(torch.zeros(1, 2, 16), padding_mask=torch.ones(1, 2), cu_seqlens=torch.tensor([0, 2]))
     with pytest.raises(InputError, match="unknown output_gate"):
         Slots(output_gate="tanh")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+@pytest.mark.parametrize("value_width", [8, 5])
+def test_softmax_in_pieces_is_softmax_at_once(dtype, tolerance, value_width):
+    """Without gradients a piece reads its past and itself apart, and joins both by their log sums."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 40, h, w).to(dtype) for h, w in ((6, 8), (2, 8), (2, value_width)))
+    whole, seen, parts = causal_softmax(10 * q, k, v), KeyValues(), []
+    with torch.no_grad():
+        for a, b in ((0, 13), (13, 14), (14, 31), (31, 40)):
+            parts.append(causal_softmax(10 * q[:, a:b], k[:, a:b], v[:, a:b], past=seen))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=tolerance, rtol=tolerance)

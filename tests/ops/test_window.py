@@ -82,6 +82,22 @@ def test_blocked_equals_reference_in_outputs_states_and_gradients(T, window, sin
         torch.testing.assert_close(ours, reference, **EXACT)
 
 
+@pytest.mark.parametrize(("decay", "outer", "cut"), [(False, 0, 0), (True, 2, 0), (False, 2, 150)])
+def test_blocks_taken_in_runs_equal_the_reference(decay, outer, cut):
+    """Blocks of 64 that look alike are taken four at a time: 500 tokens hold runs and what doesn't fit into them."""
+    results = []
+    for backend in ("blocked", "reference"):
+        x = problem(500, B=1, Hq=2, seed=3, decay=decay, grad=True)
+        run = partial(windowed_linear_attention, window=70, sinks=3, outer=outer, backend=backend)
+        first, state = run(**at(x, slice(cut))) if cut else (x["q"][:, :0, :, :3], None)
+        rest, state = run(**at(x, slice(cut, None)), state=state)
+        o = torch.cat([first, rest], 1)
+        ((o * o).sum() + state.far.sin().sum()).backward()
+        results.append([o, *state, *(t.grad for t in x.values() if t is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
 @settings(max_examples=20, deadline=None)
 @given(**sizes)
 def test_prefill_equals_chunked_prefill_equals_steps(T, window, sinks, decay, cut, seed, outer):

@@ -130,6 +130,15 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ten
     return sdpa(q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=groups > 1)
 
 
+def _behind(q: Tensor, past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend to all of a past and causally to a block behind it: two calls without a mask, joined by their log sums."""
+    flash, (B, Hq, T, K) = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q.shape
+    before, sums = flash(q.reshape(B, k.shape[1], -1, K), past_k, past_v, scale=1.0)
+    here, own = flash(q, *(x.repeat_interleave(Hq // k.shape[1], 1) for x in (k, v)), is_causal=True, scale=1.0)
+    share = (sums.reshape(B, Hq, T) - own).sigmoid().unsqueeze(-1).to(here.dtype)
+    return torch.lerp(here, before.reshape(here.shape), share)
+
+
 def _one_token(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
     """Let the query heads of one key head stand as rows of one product: no key is repeated."""
     B, Hq, _, K = q.shape
@@ -175,6 +184,9 @@ def causal_softmax(
     T, L = q.shape[2], keys.shape[2]
     if T == 1:
         return _one_token(q, keys, values, known).transpose(1, 2)
+    plain = known is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+    if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _behind(q, keys[:, :, : L - T], values[:, :, : L - T], k, v).transpose(1, 2)
     mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)[None, None]
     if known is not None:
         mask = mask & known[:, None, None, :]

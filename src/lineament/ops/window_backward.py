@@ -98,7 +98,7 @@ def backward(
 
 def _exact_backward(walk: Walk, b: Block, x: Weights, shares: _Shares, out: Gradients) -> None:
     """Gradients through the logits and the values of one block."""
-    sinks, narrow, here = walk.sink_k.shape[1], walk.narrow, slice(b.start, b.stop)
+    sinks, narrow, here = walk.call.sink_k.shape[2], walk.narrow, slice(b.start, b.stop)
     grad_logits = shares.weights.to(narrow)
     out.q[:, here] = walk.rows_back(torch.bmm(grad_logits, x.keys))
     for grad, sink_grad, product in (
@@ -119,7 +119,7 @@ def _far_backward(
     `out.state` is the gradient of the state behind the block and becomes that of the one before. The gradient of a log
     decay is that of the running sums it is part of, summed over the later steps.
     """
-    narrow, sinks, call = walk.narrow, walk.sink_k.shape[1], walk.call
+    narrow, sinks, call = walk.narrow, walk.call.sink_k.shape[2], walk.call
     r, here = call.q.shape[2] // call.k.shape[1], slice(b.start, b.stop)
     top = shares.top.to(narrow)
     grad_phi = torch.bmm(top, before.sum.mT.to(narrow)).to(call.far.dtype)
@@ -131,7 +131,7 @@ def _far_backward(
     if b.left:
         inner = shares.weights[..., sinks : sinks + b.left].unflatten(1, (-1, r))
         inner = (inner * masks.pairs(b, decay)).flatten(1, 2).to(narrow)
-        grad_phi += torch.bmm(inner, expanded(walk.keys(call.phi_k, b.low, b.low + b.left), call.outer))
+        grad_phi += torch.bmm(inner, expanded(walk.keys(call.phi_k, b, b.left), call.outer))
         clock = _leaving_backward(walk, b, decay, torch.bmm(inner.mT, x.phi.to(narrow)), out)
     grad_factors = folded(grad_phi, x.factors.to(grad_phi.dtype), call.outer)
     out.phi_q[:, here] = walk.rows_back(scaled(grad_factors, x.near, call.outer))
@@ -158,7 +158,7 @@ def _far_backward(
 def _leaving_backward(walk: Walk, b: Block, decay: Decays | None, grad_phi: Tensor, out: Gradients) -> Tensor | None:
     """Gradients of the keys that leave in the block, given that of phi_k inside it; returns [G, left] for decays."""
     gone, shape, narrow = slice(b.low, b.low + b.left), walk.call.far.shape[:2], walk.narrow
-    factors, v = (walk.keys(x, gone.start, gone.stop) for x in (walk.call.phi_k, walk.call.v))
+    factors, v = (walk.keys(x, b, b.left) for x in (walk.call.phi_k, walk.call.v))
     phi = expanded(factors, walk.call.outer)
     written = phi if decay is None else (phi * decay.end[..., None]).to(narrow)
     grad_sum = out.state.sum.to(narrow)

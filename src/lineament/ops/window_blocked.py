@@ -3,7 +3,8 @@
 A block of C queries reads one run of w + C keys. Query i and key j of that run are C + w apart at most, so the corner
 j <= i holds the keys that left the window during the block and the rest its exact part: two kinds of weights, one
 matrix, one product with the values. Keys gone before the block are in the far state S [F, V + 1], whose last column is
-the normaliser. The backward pass recomputes each block from the inputs, o, and the states at the block's edges.
+the normaliser. Forward, blocks that look alike are taken in runs: the same operators, called less often. The backward
+pass recomputes each block from the inputs, o, and the states at the block's edges.
 
 Matrix products run in the inputs' dtype where that is bfloat16; logits, weights, sums and states in float32 or wider.
 """
@@ -20,11 +21,15 @@ from lineament.ops.window_state import WindowCall, expanded
 
 BLOCK = 64  # queries a block on a CPU: three heads of 64 x 192 logits stay in the second-level cache
 BITS = 1 / math.log(2)  # logits are taken in base 2: torch's exp2 is four times as fast as its exp on a CPU
+RUN = 4  # most blocks of a run: their logits, 2 MB, still stay in a cache
 BLOCK_DEVICE = 256  # on a GPU, where a launch costs more than the extra logits
 
 
 class Block(NamedTuple):
-    """Queries [start, stop) and the keys [low, high) they read; the first `left` of those leave during the block."""
+    """Queries [start, stop) and the keys [low, high) they read; the first `left` of those leave during the block.
+
+    A run of blocks: the first one, and how many of the same shape stand side by side. G is then G times their number.
+    """
 
     start: int
     stop: int
@@ -32,6 +37,7 @@ class Block(NamedTuple):
     high: int
     left: int
     skip: int  # steps of the block before the first of those keys leaves
+    run: int = 1
 
 
 class Walk(NamedTuple):
@@ -39,16 +45,19 @@ class Walk(NamedTuple):
 
     call: WindowCall
     narrow: torch.dtype  # of matrix products
-    sink_k: Tensor  # [G, s', K]
-    sink_v: Tensor  # [G, s', V]
     q: Tensor  # [G, T r, K]
     phi: Tensor  # [G, T r, F']
     log_scale: Tensor  # [G, T r, 1], in base 2
 
     def here(self, b: "Block") -> slice:
-        """The block's rows."""
+        """The rows of all blocks of the run."""
         r = self.call.q.shape[2] // self.call.k.shape[1]
-        return slice(b.start * r, b.stop * r)
+        return slice(b.start * r, (b.start + b.run * (b.stop - b.start)) * r)
+
+    def of(self, x: Tensor, b: "Block") -> Tensor:
+        """[G, T r, X] -> [G, C r, X], the block's rows."""
+        x = x[:, self.here(b)]
+        return x if b.run == 1 else x.unflatten(1, (b.run, -1)).flatten(0, 1)
 
     def rows_back(self, x: Tensor) -> Tensor:
         """[G, C r, X] -> [B, C, Hq, X], not contiguous."""
@@ -56,16 +65,19 @@ class Walk(NamedTuple):
         r = self.call.q.shape[2] // Hk
         return x.view(B, Hk, x.shape[1] // r, r, x.shape[2]).transpose(1, 2).flatten(2, 3)
 
-    def keys(self, x: Tensor, low: int, high: int) -> Tensor:
-        """[B, Hk, L, X] -> [G, high - low, X] in the dtype of the products."""
-        return x[:, :, low:high].flatten(0, 1).to(self.narrow)
+    def keys(self, x: Tensor, b: "Block", length: int, sinks: Tensor | None = None) -> Tensor:
+        """[B, Hk, L, X] -> [G, s' + length, X], the first keys that a block reads, in the dtype of the products."""
+        step = b.stop - b.start
+        x = x[:, :, b.low : b.low + (b.run - 1) * step + length].unfold(2, length, step).mT
+        if sinks is not None:
+            x = torch.cat([sinks[:, :, None].expand(-1, -1, b.run, -1, -1), x], 3)
+        return x.flatten(0, 2).to(self.narrow)
 
 
 def walk_of(call: WindowCall) -> Walk:
     narrow = torch.bfloat16 if call.q.dtype == torch.bfloat16 else call.far.dtype
-    sink_k, sink_v = (x.flatten(0, 1).to(narrow) for x in (call.sink_k, call.sink_v))
     q, phi, log_scale = (rows(call, x) for x in (call.q, call.phi_q, call.log_scale[..., None]))
-    return Walk(call, narrow, sink_k, sink_v, q.to(narrow), phi, log_scale.to(call.far.dtype) * BITS)
+    return Walk(call, narrow, q.to(narrow), phi, log_scale.to(call.far.dtype) * BITS)
 
 
 def rows(call: WindowCall, x: Tensor) -> Tensor:
@@ -87,6 +99,24 @@ def blocks(call: WindowCall) -> Iterator[Block]:
         oldest = P + start - w  # the key that leaves when the block's first query reads
         low = min(max(oldest, first, 0), P + stop)
         yield Block(start, stop, low, P + stop, max(0, P + stop - w - low), low - oldest)
+
+
+def runs(call: WindowCall) -> Iterator[Block]:
+    """Join blocks that differ in their place alone."""
+    early = max(0, call.sinks - call.count)  # before that some queries see fewer sinks
+    most = RUN if call.q.device.type == "cpu" else 1
+    held: Block | None = None
+    for b in blocks(call):
+        if held is not None:
+            step = held.stop - held.start
+            moved = held._replace(**{n: getattr(held, n) + held.run * step for n in ("start", "stop", "low", "high")})
+            if held.run < most and held.start >= early and moved._replace(run=1) == b:
+                held = held._replace(run=held.run + 1)
+                continue
+            yield held
+        held = b
+    if held is not None:
+        yield held
 
 
 class Masks:
@@ -141,7 +171,8 @@ def decays(walk: Walk, b: Block, waiting: Tensor) -> Decays | None:
     log_decay, wide = walk.call.log_decay, walk.call.far.dtype
     if log_decay is None:
         return None
-    clock = log_decay[:, b.start : b.stop].transpose(1, 2).flatten(0, 1).double().cumsum(1)
+    steps = b.stop - b.start
+    clock = log_decay[:, b.start : b.start + b.run * steps].transpose(1, 2).reshape(-1, steps).double().cumsum(1)
     entered = clock[:, b.skip : b.skip + b.left]
     pair = (clock[:, :, None] - entered[:, None]).masked_fill_(waiting, -torch.inf)
     last = clock[:, -1]
@@ -164,23 +195,22 @@ class Weights(NamedTuple):
 
 def weigh(walk: Walk, b: Block, masks: Masks, decay: Decays | None, apart: bool) -> Weights:
     """Compute the weights of block b on the keys it reads, those in the far state excepted."""
-    call, wide, sinks = walk.call, walk.call.far.dtype, walk.sink_k.shape[1]
+    call, wide, sinks = walk.call, walk.call.far.dtype, walk.call.sink_k.shape[2]
     r = call.q.shape[2] // call.k.shape[1]
-    keys, values = (walk.keys(x, b.low, b.high) for x in (call.k, call.v))
-    if sinks:
-        keys, values = torch.cat([walk.sink_k, keys], 1), torch.cat([walk.sink_v, values], 1)
-    q = walk.q[:, walk.here(b)]
+    first = (call.sink_k, call.sink_v) if sinks else (None, None)
+    keys, values = (walk.keys(x, b, b.high - b.low, s) for x, s in zip((call.k, call.v), first, strict=True))
+    q = walk.of(walk.q, b)
     logits = torch.bmm(q, keys.mT).to(wide)
     steps = logits.unflatten(1, (-1, r))
     torch.add(masks.hidden(b), steps, alpha=BITS, out=steps)
     top, where = logits.max(-1, keepdim=True) if apart and call.relative else (logits.amax(-1, keepdim=True),) * 2
-    log_scale = walk.log_scale[:, walk.here(b)]
+    log_scale = walk.of(walk.log_scale, b)
     lift, near = common_scale(top, log_scale + top if call.relative else log_scale, torch.exp2)
     both = logits.sub_(top + lift).exp2_()
     exact = both.clone() if apart and b.left else both if apart else None
-    phi = factors = scaled(walk.phi[:, walk.here(b)], near, call.outer)
+    phi = factors = scaled(walk.of(walk.phi, b), near, call.outer)
     if b.left and phi.shape[-1]:
-        phi_k = walk.keys(call.phi_k, b.low, b.low + b.left)
+        phi_k = walk.keys(call.phi_k, b, b.left)
         far = products(phi.to(walk.narrow), phi_k, call.outer).unflatten(1, (-1, r))
         shown = both[..., sinks : sinks + b.left].unflatten(1, (-1, r))
         shown.addcmul_(far.to(wide), masks.pairs(b, decay))
@@ -193,25 +223,31 @@ class State(NamedTuple):
     sum: Tensor  # [G, F, V]
     norm: Tensor  # [G, F, 1]
 
-    def copy(self) -> "State":
-        return State(self.sum.clone(), self.norm.clone())
+    def passed_(self, walk: Walk, b: Block, decay: Decays | None) -> "State":
+        """Return the states before each block of a run, [G, F, ..], and move this one on behind the run."""
+        added, found = self._written(walk, b, decay), []
+        whole = None if decay is None else decay.whole.unflatten(0, (-1, b.run))[..., None, None]
+        for own, new in zip(self, added, strict=True):
+            each = torch.cat([own[:, None], new], 1)
+            for i in range(b.run):
+                if whole is None:
+                    each[:, i + 1].add_(each[:, i])
+                else:
+                    each[:, i + 1].addcmul_(each[:, i], whole[:, i])
+            own.copy_(each[:, -1])
+            found.append(each[:, :-1].flatten(0, 1))
+        return State(*found)
 
-    def push_(self, walk: Walk, b: Block, decay: Decays | None) -> None:
-        """Decay over a block, and write the keys that left the window."""
-        if decay is not None:
-            self.sum.mul_(decay.whole[:, None, None])
-            self.norm.mul_(decay.whole[:, None, None])
+    def _written(self, walk: Walk, b: Block, decay: Decays | None) -> "State":
+        """Return what the keys that leave the window in each block add to the state behind it, [G, run, F, ..]."""
         if not b.left:
-            return
-        phi, v = (walk.keys(x, b.low, b.low + b.left) for x in (walk.call.phi_k, walk.call.v))
+            return State(*(x.new_zeros(len(x), b.run, *x.shape[1:]) for x in self))
+        phi, v = (walk.keys(x, b, b.left) for x in (walk.call.phi_k, walk.call.v))
         phi = expanded(phi, walk.call.outer)
         if decay is not None:
             phi = (phi * decay.end[..., None]).to(phi.dtype)
-        if self.sum.dtype == phi.dtype:
-            self.sum.baddbmm_(phi.mT, v)
-        else:
-            self.sum.add_(torch.bmm(phi.mT, v))
-        self.norm.add_(phi.sum(1, dtype=self.norm.dtype)[..., None])
+        parts = torch.bmm(phi.mT, v).to(self.sum.dtype), phi.sum(1, dtype=self.norm.dtype)[..., None]
+        return State(*(x.unflatten(0, (-1, b.run)) for x in parts))
 
 
 def split_state(far: Tensor) -> State:
@@ -228,20 +264,25 @@ def forward(call: WindowCall, keep: bool) -> tuple[Tensor, Tensor, Tensor, list[
     den = call.far.new_empty(*walk.q.shape[:2], 1)
     state = split_state(call.far)
     reads = bool(call.phi_q.shape[-1])
-    for b in blocks(call):
+    for b in runs(call):
         decay = decays(walk, b, masks.waiting(b)) if reads else None
         x = weigh(walk, b, masks, decay, apart=False)
         total = x.both.sum(-1, keepdim=True)
         out = torch.bmm(x.both.to(walk.narrow), x.values).to(wide)
         if reads:
             phi = x.phi if decay is None else spread(x.phi, decay.begin, r)
-            out.add_(torch.bmm(phi.to(walk.narrow), state.sum.to(walk.narrow)))
-            total.add_(torch.bmm(phi.to(wide), state.norm))
+            before = state.passed_(walk, b, decay)
+            if walk.narrow == wide:
+                out.baddbmm_(phi, before.sum)
+            else:
+                out.add_(torch.bmm(phi.to(walk.narrow), before.sum.to(walk.narrow)))
+            total.add_(torch.bmm(phi.to(wide), before.norm))
             if keep:
-                states.append(state.copy())
-            state.push_(walk, b, decay)
-        torch.div(out, total, out=o[:, walk.here(b)])
-        den[:, walk.here(b)] = total
+                each = (part.unflatten(0, (-1, b.run)).unbind(1) for part in before)
+                states += [State(*pair) for pair in zip(*each, strict=True)]
+        shape = (len(o), b.run * (b.stop - b.start) * r, -1)
+        o[:, walk.here(b)] = out.div_(total).view(shape)
+        den[:, walk.here(b)] = total.view(shape)
     far = torch.cat(state, dim=-1).unflatten(0, call.far.shape[:2])
     return walk.rows_back(o).to(call.v.dtype), walk.rows_back(den), far, states
 
