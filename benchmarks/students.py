@@ -2,6 +2,7 @@
 
     python benchmarks/students.py --quick      # short contexts
     python benchmarks/students.py --json FILE
+    python benchmarks/students.py --plans default --decode --prefill 2048 8192   # a part: no decoding, two prompts
 
 Speed does not depend on training, so the students are made on the spot: the plan's mixers in the embedded model,
 softmax heads by its damage table. The teacher is timed with transformers' dynamic and static cache, and the faster one
@@ -79,7 +80,7 @@ def rows(models: dict[str, nn.Module], decode: list[int], prefill: list[int], to
                     )
                     measured.append({
                         "measure": what, "context": context, "student": name, "milliseconds": 1e3 * speed.median,
-                        "teacher_milliseconds": 1e3 * teacher.median, "teacher_cache": teacher.cache,
+                        "teacher_milliseconds": 1e3 * teacher.median, "teacher_cache": teacher.cache, "way": speed.cache,
                         "faster": teacher.median / speed.median, "goal": None if name == "free mixers" else goal,
                     })  # fmt: skip
     theirs = cache_bytes(models["teacher"], 32768)
@@ -114,14 +115,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="folder, Hub name, GGUF file or smollm2")
     parser.add_argument("--quick", action="store_true", help="short contexts only")
+    parser.add_argument("--plans", nargs="*", default=list(PLANS), help="what is timed")
+    parser.add_argument("--decode", nargs="*", type=int, help="tokens before the decoded one; none to leave it out")
+    parser.add_argument("--prefill", nargs="*", type=int, help="tokens of the prompts; none to leave them out")
     parser.add_argument("--json", type=Path, help="write the rows and the machine's description here")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     chosen = parser.parse_args()
     teacher, _ = load_teacher(chosen.model)
     teacher = teacher.eval().to(getattr(torch, chosen.dtype))
-    models = {"teacher": teacher, **make_students(teacher, PLANS)}
+    models = {"teacher": teacher, **make_students(teacher, tuple(chosen.plans))}
     decode = [128, 2048] if chosen.quick else [128, 2048, 8192, 32768]
     prefill = [512, 2048] if chosen.quick else [2048, 4096, 8192]
+    decode, prefill = (d if c is None else c for d, c in ((decode, chosen.decode), (prefill, chosen.prefill)))
     measured = rows(models, decode, prefill, 8 if chosen.quick else 16)
     console = Console(width=120)
     console.print(table(measured), json.dumps(machine()))
