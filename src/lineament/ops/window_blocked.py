@@ -3,8 +3,8 @@
 A block of C queries reads one run of w + C keys. Query i and key j of that run are C + w apart at most, so the corner
 j <= i holds the keys that left the window during the block and the rest its exact part: two kinds of weights, one
 matrix, one product with the values. Keys gone before the block are in the far state S [F, V + 1], whose last column is
-the normaliser. Forward, blocks that look alike are taken in runs: the same operators, called less often. The backward
-pass recomputes each block from the inputs, o, and the states at the block's edges.
+the normaliser. Blocks that look alike are taken in runs: the same operators, called less often. The backward pass
+recomputes each run from the inputs, o, and the states at the blocks' edges.
 
 Matrix products run in the inputs' dtype where that is bfloat16; logits, weights, sums and states in float32 or wider.
 """
@@ -51,17 +51,22 @@ class Walk(NamedTuple):
 
     def here(self, b: "Block") -> slice:
         """The rows of all blocks of the run."""
-        r = self.call.q.shape[2] // self.call.k.shape[1]
-        return slice(b.start * r, (b.start + b.run * (b.stop - b.start)) * r)
+        r, steps = self.call.q.shape[2] // self.call.k.shape[1], self.steps(b)
+        return slice(steps.start * r, steps.stop * r)
 
     def of(self, x: Tensor, b: "Block") -> Tensor:
         """[G, T r, X] -> [G, C r, X], the block's rows."""
         x = x[:, self.here(b)]
         return x if b.run == 1 else x.unflatten(1, (b.run, -1)).flatten(0, 1)
 
+    def steps(self, b: "Block") -> slice:
+        """The queries of all blocks of the run."""
+        return slice(b.start, b.start + b.run * (b.stop - b.start))
+
     def rows_back(self, x: Tensor) -> Tensor:
-        """[G, C r, X] -> [B, C, Hq, X], not contiguous."""
+        """[G, C r, X], or that of a whole run, -> [B, C, Hq, X], not contiguous."""
         B, Hk = self.call.k.shape[:2]
+        x = x.reshape(B * Hk, -1, x.shape[2])
         r = self.call.q.shape[2] // Hk
         return x.view(B, Hk, x.shape[1] // r, r, x.shape[2]).transpose(1, 2).flatten(2, 3)
 
@@ -171,8 +176,7 @@ def decays(walk: Walk, b: Block, waiting: Tensor) -> Decays | None:
     log_decay, wide = walk.call.log_decay, walk.call.far.dtype
     if log_decay is None:
         return None
-    steps = b.stop - b.start
-    clock = log_decay[:, b.start : b.start + b.run * steps].transpose(1, 2).reshape(-1, steps).double().cumsum(1)
+    clock = log_decay[:, walk.steps(b)].transpose(1, 2).reshape(-1, b.stop - b.start).double().cumsum(1)
     entered = clock[:, b.skip : b.skip + b.left]
     pair = (clock[:, :, None] - entered[:, None]).masked_fill_(waiting, -torch.inf)
     last = clock[:, -1]
@@ -225,17 +229,24 @@ class State(NamedTuple):
 
     def passed_(self, walk: Walk, b: Block, decay: Decays | None) -> "State":
         """Return the states before each block of a run, [G, F, ..], and move this one on behind the run."""
-        added, found = self._written(walk, b, decay), []
-        whole = None if decay is None else decay.whole.unflatten(0, (-1, b.run))[..., None, None]
-        for own, new in zip(self, added, strict=True):
+        found = []
+        for own, new in zip(self, self._written(walk, b, decay), strict=True):
             each = torch.cat([own[:, None], new], 1)
             for i in range(b.run):
-                if whole is None:
-                    each[:, i + 1].add_(each[:, i])
-                else:
-                    each[:, i + 1].addcmul_(each[:, i], whole[:, i])
+                _add_kept(each[:, i + 1], each[:, i], decay, b, i)
             own.copy_(each[:, -1])
             found.append(each[:, :-1].flatten(0, 1))
+        return State(*found)
+
+    def back_(self, added: "State", b: Block, decay: Decays | None) -> "State":
+        """The same for gradients, from right to left: return those of the states behind each block."""
+        found = []
+        for own, new in zip(self, added, strict=True):
+            each = torch.cat([new.unflatten(0, (-1, b.run)), own[:, None]], 1)
+            for i in reversed(range(b.run)):
+                _add_kept(each[:, i], each[:, i + 1], decay, b, i)
+            own.copy_(each[:, 0])
+            found.append(each[:, 1:].flatten(0, 1))
         return State(*found)
 
     def _written(self, walk: Walk, b: Block, decay: Decays | None) -> "State":
@@ -250,6 +261,14 @@ class State(NamedTuple):
         return State(*(x.unflatten(0, (-1, b.run)) for x in parts))
 
 
+def _add_kept(to: Tensor, state: Tensor, decay: Decays | None, b: Block, i: int) -> None:
+    """Add to `to` what block i of a run leaves of a state, or of its gradient."""
+    if decay is None:
+        to.add_(state)
+    else:
+        to.addcmul_(state, decay.whole.unflatten(0, (-1, b.run))[:, i, None, None])
+
+
 def split_state(far: Tensor) -> State:
     """[B, Hk, F, V + 1] -> two copies with heads in front."""
     far = far.flatten(0, 1)
@@ -257,7 +276,7 @@ def split_state(far: Tensor) -> State:
 
 
 def forward(call: WindowCall, keep: bool) -> tuple[Tensor, Tensor, Tensor, list[State]]:
-    """Return o [B, T, Hq, V], the denominators [B, T, Hq, 1], the last far state, and the state before each block."""
+    """Return o [B, T, Hq, V], denominators [B, T, Hq, 1], the last far state, and of each run those before blocks."""
     walk, masks, states = walk_of(call), Masks(call), []
     wide, r = call.far.dtype, call.q.shape[2] // call.k.shape[1]
     o = call.far.new_empty(*walk.q.shape[:2], call.v.shape[-1])
@@ -278,11 +297,9 @@ def forward(call: WindowCall, keep: bool) -> tuple[Tensor, Tensor, Tensor, list[
                 out.add_(torch.bmm(phi.to(walk.narrow), before.sum.to(walk.narrow)))
             total.add_(torch.bmm(phi.to(wide), before.norm))
             if keep:
-                each = (part.unflatten(0, (-1, b.run)).unbind(1) for part in before)
-                states += [State(*pair) for pair in zip(*each, strict=True)]
-        shape = (len(o), b.run * (b.stop - b.start) * r, -1)
-        o[:, walk.here(b)] = out.div_(total).view(shape)
-        den[:, walk.here(b)] = total.view(shape)
+                states.append(before)
+        o[:, walk.here(b)] = out.div_(total).view(len(o), -1, out.shape[2])
+        den[:, walk.here(b)] = total.view(len(o), -1, 1)
     far = torch.cat(state, dim=-1).unflatten(0, call.far.shape[:2])
     return walk.rows_back(o).to(call.v.dtype), walk.rows_back(den), far, states
 

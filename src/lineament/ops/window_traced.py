@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lineament.ops.window_backward import backward
-from lineament.ops.window_blocked import State, block_size, forward, split_state
+from lineament.ops.window_blocked import State, block_size, forward, runs, split_state
 from lineament.ops.window_state import WindowCall
 
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -25,7 +25,7 @@ def windowed_attention(
 ) -> Five:  # fmt: skip
     """The tensors of a `WindowCall` -> o, denominators, the last state, and the states before the blocks, flat.
 
-    (As one axis, since a tracer would else ask whether there is just one block.)
+    (As one axis, since a tracer would else ask whether there is just one block; run by run.)
     """
     call = WindowCall(
         q, k, v, phi_q, phi_k, log_scale, log_decay, far, sink_k, sink_v, window, sinks, count, relative,
@@ -35,7 +35,7 @@ def windowed_attention(
     if not states:
         empty = far.new_empty(0)
         return o, den, last, empty, empty.clone()
-    return o, den, last, torch.stack([s.sum for s in states]).flatten(), torch.stack([s.norm for s in states]).flatten()
+    return o, den, last, torch.cat([s.sum for s in states]).flatten(), torch.cat([s.norm for s in states]).flatten()
 
 
 @windowed_attention.register_fake
@@ -63,8 +63,10 @@ def windowed_attention_backward(
         q, k, v, phi_q, phi_k, log_scale, log_decay, far, sink_k, sink_v, window, sinks, count, relative,
         outer,
     )  # fmt: skip
-    width = (far.shape[0] * far.shape[1], far.shape[2])
-    parts = (sums.view(-1, *width, v.shape[-1]), norms.view(-1, *width, 1)) if sums.numel() else ((), ())
+    sizes = [far.shape[0] * far.shape[1] * b.run for b in runs(call)] if sums.numel() else []
+    parts = (
+        x.view(-1, far.shape[2], width).split(sizes) if sizes else () for x, width in ((sums, v.shape[-1]), (norms, 1))
+    )
     states = [State(*pair) for pair in zip(*parts, strict=True)]
     g = backward(call, o, den, states, split_state(last), grad, grad_far)
     state = torch.cat(g.state, -1).unflatten(0, far.shape[:2])
