@@ -17,6 +17,7 @@ from lineament.nn import (
     Slots,
     build,
     causal_softmax,
+    softmax,
 )
 from lineament.nn.additive import slopes
 from lineament.nn.build import options_of
@@ -181,3 +182,17 @@ def test_softmax_in_pieces_is_softmax_at_once(dtype, tolerance, value_width):
         for a, b in ((0, 13), (13, 14), (14, 31), (31, 40)):
             parts.append(causal_softmax(10 * q[:, a:b], k[:, a:b], v[:, a:b], past=seen))
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("rows", "key_heads"), [(1, 1), (1, 3), (2, 3), (1, 2)])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_a_token_reads_a_long_past_in_stretches(monkeypatch, rows, key_heads, threads):
+    monkeypatch.setattr(softmax, "LONG", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(rows, 43, h, 8, dtype=torch.float64) for h in (2 * key_heads, key_heads, key_heads))
+    seen = KeyValues()
+    with torch.no_grad():
+        causal_softmax(q[:, :42], k[:, :42], v[:, :42], past=seen)
+        last = causal_softmax(q[:, 42:], k[:, 42:], v[:, 42:], past=seen)
+    torch.testing.assert_close(last, causal_softmax(q, k, v)[:, 42:], atol=1e-12, rtol=1e-12)

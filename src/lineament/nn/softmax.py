@@ -1,5 +1,6 @@
 """Ordinary causal softmax for the heads that keep it, over key-value buffers that grow by chunks."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,8 @@ from lineament._base.errors import InputError
 from lineament.nn.rows import Rows
 from lineament.ops.parallel import Part, active, exchange, tied
 
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what sdpa calls; returns log sums too
+LONG = 4096  # keys from which one token's are read by all threads
 CHUNK = 256  # columns by which a full buffer grows: one copy of the cache per 256 tokens
 QUERIES = 1024  # of a parallel stretch that read the earlier ranks' keys at once
 
@@ -132,9 +135,9 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ten
 
 def _behind(q: Tensor, past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend to all of a past and causally to a block behind it: two calls without a mask, joined by their log sums."""
-    flash, (B, Hq, T, K) = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q.shape
-    before, sums = flash(q.reshape(B, k.shape[1], -1, K), past_k, past_v, scale=1.0)
-    here, own = flash(q, *(x.repeat_interleave(Hq // k.shape[1], 1) for x in (k, v)), is_causal=True, scale=1.0)
+    B, Hq, T, K = q.shape
+    before, sums = FLASH(q.reshape(B, k.shape[1], -1, K), past_k, past_v, scale=1.0)
+    here, own = FLASH(q, *(x.repeat_interleave(Hq // k.shape[1], 1) for x in (k, v)), is_causal=True, scale=1.0)
     share = (sums.reshape(B, Hq, T) - own).sigmoid().unsqueeze(-1).to(here.dtype)
     return torch.lerp(here, before.reshape(here.shape), share)
 
@@ -142,9 +145,32 @@ def _behind(q: Tensor, past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor) -> 
 def _one_token(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
     """Let the query heads of one key head stand as rows of one product: no key is repeated."""
     B, Hq, _, K = q.shape
+    q = q.reshape(B, k.shape[1], -1, K)
+    if valid is None and k.shape[2] >= LONG and _flashes(q, v):
+        threads, rows = torch.get_num_threads(), B * k.shape[1]
+        stretches = threads // math.gcd(threads, rows)  # the kernel gives a row to one thread, whole
+        if stretches > 1:
+            return _in_stretches(q, k, v, stretches).reshape(B, Hq, 1, v.shape[-1])
     mask = None if valid is None else valid[:, None, None, :]
-    o = sdpa(q.reshape(B, k.shape[1], -1, K), k, v, attn_mask=mask, scale=1.0)
-    return o.reshape(B, Hq, 1, v.shape[-1])
+    return sdpa(q, k, v, attn_mask=mask, scale=1.0).reshape(B, Hq, 1, v.shape[-1])
+
+
+def _in_stretches(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+    """Attend to `count` stretches of the keys side by side and to what is left over, joined by their log sums."""
+    L = k.shape[2] // count
+    cut = [x[:, :, : L * count].unflatten(2, (count, L)).transpose(1, 2).flatten(0, 1) for x in (k, v)]
+    o, sums = FLASH(q[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1), *cut, scale=1.0)
+    o, sums = o.unflatten(0, (-1, count)), sums.unflatten(0, (-1, count))
+    if L * count < k.shape[2]:
+        rest, own = FLASH(q, k[:, :, L * count :], v[:, :, L * count :], scale=1.0)
+        o, sums = torch.cat([o, rest[:, None]], 1), torch.cat([sums, own[:, None]], 1)
+    return (o * sums.softmax(1).unsqueeze(-1)).sum(1).to(v.dtype)
+
+
+def _flashes(q: Tensor, v: Tensor) -> bool:
+    """Say whether the CPU's kernel that also returns log sums takes a call."""
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not traced
 
 
 def causal_softmax(
@@ -184,8 +210,7 @@ def causal_softmax(
     T, L = q.shape[2], keys.shape[2]
     if T == 1:
         return _one_token(q, keys, values, known).transpose(1, 2)
-    plain = known is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
-    if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if known is None and _flashes(q, v):
         return _behind(q, keys[:, :, : L - T], values[:, :, : L - T], k, v).transpose(1, 2)
     mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)[None, None]
     if known is not None:
