@@ -84,7 +84,7 @@ def test_blocked_equals_reference_in_outputs_states_and_gradients(T, window, sin
 
 @pytest.mark.parametrize(("decay", "outer", "cut"), [(False, 0, 0), (True, 2, 0), (False, 2, 150)])
 def test_blocks_taken_in_runs_equal_the_reference(decay, outer, cut):
-    """Blocks of 64 that look alike are taken four at a time: 500 tokens hold runs and what doesn't fit into them."""
+    """Blocks of 64 that look alike are taken eight at a time: 500 tokens hold runs and what doesn't fit into them."""
     results = []
     for backend in ("blocked", "reference"):
         x = problem(500, B=1, Hq=2, seed=3, decay=decay, grad=True)

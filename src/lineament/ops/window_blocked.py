@@ -21,7 +21,7 @@ from lineament.ops.window_state import WindowCall, expanded
 
 BLOCK = 64  # queries a block on a CPU: three heads of 64 x 192 logits stay in the second-level cache
 BITS = 1 / math.log(2)  # logits are taken in base 2: torch's exp2 is four times as fast as its exp on a CPU
-RUN = 4  # most blocks of a run: their logits, 2 MB, still stay in a cache
+RUN = 16  # most blocks of a run times heads: their logits, 2 MB, still stay in a cache
 BLOCK_DEVICE = 256  # on a GPU, where a launch costs more than the extra logits
 
 
@@ -109,7 +109,7 @@ def blocks(call: WindowCall) -> Iterator[Block]:
 def runs(call: WindowCall) -> Iterator[Block]:
     """Join blocks that differ in their place alone."""
     early = max(0, call.sinks - call.count)  # before that some queries see fewer sinks
-    most = RUN if call.q.device.type == "cpu" else 1
+    most = max(1, RUN // (call.k.shape[0] * call.k.shape[1])) if call.q.device.type == "cpu" else 1
     held: Block | None = None
     for b in blocks(call):
         if held is not None:
