@@ -196,3 +196,12 @@ def test_a_token_reads_a_long_past_in_stretches(monkeypatch, rows, key_heads, th
         causal_softmax(q[:, :42], k[:, :42], v[:, :42], past=seen)
         last = causal_softmax(q[:, 42:], k[:, 42:], v[:, 42:], past=seen)
     torch.testing.assert_close(last, causal_softmax(q, k, v)[:, 42:], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("past_dtype", [torch.float32, torch.bfloat16])
+def test_pieces_run_under_autocast_in_mixed_widths(past_dtype):
+    q, k, v, seen = torch.randn(1, 9, 2, 8), torch.randn(1, 9, 1, 8), torch.randn(1, 9, 1, 8), KeyValues()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        causal_softmax(q[:, :5], k[:, :5].to(past_dtype), v[:, :5].to(past_dtype), past=seen)
+        found = causal_softmax(q[:, 5:], k[:, 5:], v[:, 5:].bfloat16(), past=seen)
+    torch.testing.assert_close(found.float(), causal_softmax(q, k, v)[:, 5:], atol=5e-2, rtol=5e-2)

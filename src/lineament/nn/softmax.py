@@ -146,7 +146,7 @@ def _one_token(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
     """Let the query heads of one key head stand as rows of one product: no key is repeated."""
     B, Hq, _, K = q.shape
     q = q.reshape(B, k.shape[1], -1, K)
-    if valid is None and k.shape[2] >= LONG and _flashes(q, v):
+    if valid is None and k.shape[2] >= LONG and _flashes(q, k, v):
         threads, rows = torch.get_num_threads(), B * k.shape[1]
         stretches = threads // math.gcd(threads, rows)  # the kernel gives a row to one thread, whole
         if stretches > 1:
@@ -167,10 +167,10 @@ def _in_stretches(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
     return (o * sums.softmax(1).unsqueeze(-1)).sum(1).to(v.dtype)
 
 
-def _flashes(q: Tensor, v: Tensor) -> bool:
-    """Say whether the CPU's kernel that also returns log sums takes a call."""
-    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not traced
+def _flashes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Say whether the CPU's kernel that also returns log sums takes a call, which nothing adapts to it."""
+    adapted = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1] and not adapted
 
 
 def causal_softmax(
@@ -210,7 +210,7 @@ def causal_softmax(
     T, L = q.shape[2], keys.shape[2]
     if T == 1:
         return _one_token(q, keys, values, known).transpose(1, 2)
-    if known is None and _flashes(q, v):
+    if known is None and k.dtype == keys.dtype and _flashes(q, keys, values):
         return _behind(q, keys[:, :, : L - T], values[:, :, : L - T], k, v).transpose(1, 2)
     mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)[None, None]
     if known is not None:
