@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tiny_families import ids, make
 
 from lineament import explain
+from lineament.explain.dictionaries.activations import open_activations
 from lineament.explain.dictionaries.hooks import norm_affine, placed, substituted
 from lineament.explain.dictionaries.module import Dictionary, DictionaryConfig, scaled
 from lineament.explain.dictionaries.training import _started
@@ -245,6 +247,50 @@ def test_an_interrupted_cache_goes_on(tmp_path):
     assert (tmp_path / "cache/shard-00001.safetensors").stat().st_mtime_ns == first
     rows = torch.arange(found.count)
     assert bool((found.rows("model.layers.1.mlp", rows) == whole.rows("model.layers.1.mlp", rows)).all())
+
+
+def test_a_cache_grows_serves_fewer_windows_and_knows_its_text(tmp_path):
+    model, place = make("llama")[0], "model.layers.1.mlp"
+    windows = ids(9, 40)
+
+    def cache(some, folder="cache"):
+        return explain.cache_activations(model, some, [place], tmp_path / folder, per_shard=7)
+
+    def captured():
+        return [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").glob("shard-*"))]
+
+    cache(windows[:17])
+    first = captured()
+    whole, fresh = cache(windows), cache(windows, "fresh")
+    assert captured()[:2] == first[:2]  # the third had 3 windows of 7 and was made again
+    rows = torch.arange(whole.count)
+    assert torch.equal(whole.rows(place, rows), fresh.rows(place, rows))
+    before, fewer = captured(), cache(windows[:10])
+    assert captured() == before
+    assert fewer.count == 10 * 8
+    assert fewer.digest != whole.digest
+    assert open_activations(tmp_path / "cache").count == whole.count
+    with pytest.raises(ValueError, match="another text"):
+        cache(windows.flip(0))
+    (tmp_path / "cache/shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match="lacks shard 1"):
+        open_activations(tmp_path / "cache")
+
+
+def test_a_dashboard_of_cached_activations_is_that_of_the_model_on_their_text(tmp_path):
+    model, windows, activations = cached(tmp_path, dtype=torch.float32)
+    assert torch.equal(activations.windows(10), windows[:10])
+    at = placed(model, dictionary(32, k=4, reads="blocks.1.mlp.hook_in", writes="blocks.1.hook_mlp_out",
+                                  dtype=torch.float32))  # fmt: skip
+    words, chosen = SimpleNamespace(decode=str), {"features": [1, 5, 7], "examples": 2}
+    run, read = (explain.dashboard(model, words, at, windows[:10], activations=each, **chosen).features
+                 for each in (None, activations))  # fmt: skip
+    for a, b in zip(run, read, strict=True):
+        assert (a.feature, a.density) == (b.feature, b.density)
+        assert a.most == pytest.approx(b.most, rel=1e-5)
+        assert [tokens for tokens, _ in a.examples] == [tokens for tokens, _ in b.examples]
+    with pytest.raises(ValueError, match="other windows"):
+        explain.dashboard(model, words, at, windows[3:10], activations=activations, **chosen)
 
 
 @pytest.mark.parametrize("kind", KINDS)

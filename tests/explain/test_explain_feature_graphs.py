@@ -14,6 +14,7 @@ from lineament.explain.dictionaries.feature_graph import _influence, _largest
 from lineament.explain.dictionaries.hooks import placed
 from lineament.explain.dictionaries.weights import read_directions
 from lineament.explain.places import values_at
+from lineament.models import load_teacher
 
 WORDS = ["?", *(f"w{i}" for i in range(60))]
 
@@ -265,11 +266,53 @@ def test_the_command_scores_shows_and_traces(trained, tmp_path, capsys):
     tokens, values = features[0]["examples"][0]
     assert max(values) == pytest.approx(features[0]["most"])
     assert "Feature" in (tmp_path / "features.html").read_text()
+    again = ["transcode", "dashboard", model, both[0], "--feature", "3", "--tokens", "400", "--json"]
+    assert command([*again, "--activations", str(folder / "out/activations")]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 50 * 7
     tracing = ["transcode", "graph", model, both[0], "--text", "w3 w4 w5", "--json", "-o", str(tmp_path / "g.json")]
     assert command([*tracing, "--html", str(tmp_path / "g.html")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["nodes"] == json.loads((tmp_path / "g.json").read_text())["nodes"]
     assert len(tokens) == len(values)
+
+
+@pytest.fixture(scope="module")
+def task(trained):
+    """Prompts that the model solves by chance: it goes on with what is likelier after the clean one."""
+    model, folder, _ = trained
+    net, tokenizer = load_teacher(model)
+    pairs = []
+    for i in range(12):
+        clean, corrupt = f"w{i} w7 w20", f"w{i + 20} w7 w20"
+        asked = torch.tensor([tokenizer(text)["input_ids"] for text in (clean, corrupt)])
+        with torch.no_grad():
+            logits = net(input_ids=asked).logits[:, -1]
+        gain = logits[0] - logits[1]
+        words = [tokenizer.decode([int(i)]).strip() for i in (gain.argmax(), gain.argmin())]
+        pairs.append({"clean": clean, "corrupt": corrupt, "answer": words[0], "distractor": words[1]})
+    path = folder / "task.json"
+    path.write_text(json.dumps({"prompts": pairs}))
+    return str(path)
+
+
+def test_the_command_finds_the_features_of_a_task(trained, task, tmp_path, capsys):
+    model, folder, _ = trained
+    asked = ["transcode", "circuit", model, str(folder / "out/transcoder-1"), "--task", task, "--json"]
+    written = ["--html", str(tmp_path / "c.html"), "--png", str(tmp_path / "c.png"), "-o", str(tmp_path / "c.json")]
+    assert command([*asked, *written]) == 0
+    found = json.loads(capsys.readouterr().out)
+    parts = found["circuit"]["parts"]
+    assert found["circuit"]["faithfulness"] >= 0.85
+    assert {name.partition(".")[0] for name in parts} <= {"t1", "e1"}
+    assert all(len(words) == 4 for words in found["speaks for"].values())
+    assert set(found["held out"]) == {"faithfulness", "completeness", "whole", "nothing"}
+    assert found == json.loads((tmp_path / "c.json").read_text())
+    assert "speaks for" in (tmp_path / "c.html").read_text()
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    assert command([*asked, "--faithful", "9"]) == 1
+    capsys.readouterr()
+    assert command([*asked, "--size", "100000"]) == 2
+    assert "size is 100000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -278,6 +321,7 @@ def test_the_command_scores_shows_and_traces(trained, tmp_path, capsys):
         (["dashboard", "MODEL", "OUT", "--feature", "64"], "feature 64 is outside the dictionary"),
         (["evaluate", "MODEL", "nowhere"], "nowhere is no folder"),
         (["graph", "MODEL", "OUT", "--text", " "], "the text is empty"),
+        (["circuit", "MODEL", "OUT", "--task", "nowhere.json"], "nowhere.json does not exist"),
         (["train", "MODEL", "--layer", "7", "-o", "x"], "layer 7 is outside the model's layers 0 to 1"),
         (["train", "MODEL", "--layer", "1", "--kind", "sae", "-o", "x"], "unknown kind of dictionary 'sae'"),
     ],

@@ -98,12 +98,15 @@ def dashboard(
     feature: Annotated[list[int] | None, typer.Option(help="Which; else some of those that fire.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many, if none is named.")] = 20,
     data: Texts = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to read.")] = 16_384,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to read.")] = 16_384,
     length: Length = 128,
+    activations: Annotated[
+        Path | None, typer.Option(help="OUT/activations of the training: read its text, without running the model.")
+    ] = None,
     html: Html = None,
     json: Json = False,
 ) -> None:
-    """Show what features fire on, what they speak for, and how often: a static page.
+    """Show what features fire on (in held-out text), what they speak for, and how often: a static page.
 
     Example: lineament transcode dashboard smollm2 dictionaries/transcoder-10 --html features.html
     """
@@ -115,7 +118,7 @@ def dashboard(
     with Progress() as progress:
         found = dashboard_by_name(
             model, dictionary, features=feature, count=count, texts=data or WIKI, tokens=tokens, length=length,
-            said=progress.step,
+            activations=None if activations is None else str(activations), said=progress.step,
         )  # fmt: skip
     answer(found, json, found.write_html(html) if html else None)
 
@@ -153,3 +156,42 @@ def graph(
     written += [found.write_png(png)] if png else []
     written += [write_text(out, jsons.dumps(found.to_json(), indent=2))] if out else []
     answer(found, json, *written)
+
+
+@transcode.command("circuit")
+def circuit(
+    model: Model,
+    dictionaries: Folders,
+    task: Annotated[str, typer.Option(help="ioi, greater-than, or a JSON file of clean and corrupt prompts.")] = "ioi",
+    prompts: Annotated[int, typer.Option(min=1, help="Pairs of prompts a generator gives.")] = 20,
+    method: Annotated[str, typer.Option(help="Scores by: relp, relp-ah or attribution.")] = "relp",
+    size: Annotated[int | None, typer.Option(help="Keep so many; else the smallest faithful size.")] = None,
+    faithful: Annotated[float, typer.Option(help="Faithfulness to reach.")] = 0.85,
+    seed: Annotated[int, typer.Option(help="Of the generator.")] = 0,
+    html: Html = None,
+    png: Annotated[Path | None, typer.Option(help="Write the picture here.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the JSON here too.")] = None,
+    json: Json = False,
+) -> None:
+    """Find the features that do a task, and how well they do it alone; exit 1 if they aren't faithful enough.
+
+    Task files are those of `lineament circuit`. Example: lineament transcode circuit smollm2 dictionaries/transcoder-10
+    --task capitals.json --html features.html
+    """
+    from lineament.cli.messages import answer, quiet
+    from lineament.convert.progress import Progress
+    from lineament.explain.dictionaries.feature_tasks import feature_circuit_by_name
+    from lineament.io import write_text
+
+    quiet()
+    with Progress() as progress:
+        found = feature_circuit_by_name(
+            model, dictionaries, task, prompts=prompts, seed=seed, method=method, size=size, faithful=faithful,
+            said=progress.step,
+        )  # fmt: skip
+    written = [found.write_html(html)] if html else []
+    written += [found.write_png(png)] if png else []
+    written += [write_text(out, jsons.dumps(found.to_json(), indent=2))] if out else []
+    answer(found, json, *written)
+    if not found.reached:
+        raise typer.Exit(1)

@@ -17,6 +17,7 @@ from lineament.explain.places import values_at
 Said = Callable[[str, int, int], None]
 """(what, done, of how many)."""
 RECIPE = "activations.json"
+IDS = "token_ids"  # in every shard: the windows it was made from
 NUMPY = {torch.float16: np.float16, torch.float32: np.float32}
 
 
@@ -57,6 +58,19 @@ class Activations:
             ).float()
         return found
 
+    def windows(self, most: int) -> Tensor:
+        """Return the first windows that were read, int64 [N, T], at most so many; their tokens are the first ones.
+
+        The first position of each, which nothing was kept of, is in it too.
+        """
+        found: list[Tensor] = []
+        for shard in range(-(-self.count // self.per_shard)):
+            if sum(map(len, found)) >= most:
+                break
+            found.append(io.open_weights(_shard_path(self.folder, shard))[IDS].long())
+        windows = torch.cat(found)
+        return windows[: min(most, self.count // (windows.shape[1] - 1))]
+
     def _shard(self, place: str, shard: int) -> Any:
         if (place, shard) not in self._open:
             path = _shard_path(self.folder, shard)
@@ -83,7 +97,7 @@ def cache_activations(
     """Run a model on windows of text and keep what places hold, without the first position of each window.
 
     That position is a sink in most models, whose activations are outliers. The model runs to the last place only. What
-    is already there from the same recipe is kept, so an interrupted run goes on.
+    is already there is kept, so an interrupted run goes on, and a folder serves fewer of its windows, or grows to more.
 
     Args:
         model: in eval mode. windows: int64 [N, T]. places: by our names (":input": what a module receives).
@@ -101,23 +115,50 @@ def cache_activations(
     if windows.dim() != 2 or windows.shape[1] < 2:
         raise InputError(f"windows are {list(windows.shape)}; expected [N, T] with T of 2 at least")
     recipe = {
-        "places": list(places), "windows": list(windows.shape), "tokens": _digest(windows), "dtype": str(dtype),
-        "per_shard": per_shard, "about": dict(about or {}),
+        "places": list(places), "length": windows.shape[1], "dtype": str(dtype), "per_shard": per_shard,
+        "about": dict(about or {}),
     }  # fmt: skip
     _claim(folder, recipe)
     pieces, began, captured = windows.split(per_shard), time.perf_counter(), 0
     for shard, piece in enumerate(pieces):
         path = _shard_path(folder, shard)
-        if not path.exists():
-            io.save_tensors(_captured(model, piece, places, rows, dtype), path)
+        if not _there(path, piece):
+            io.save_tensors({**_captured(model, piece, places, rows, dtype), IDS: piece.int()}, path)
             captured += piece.numel()
         if said:
             said("activations", shard + 1, len(pieces))
     seconds = time.perf_counter() - began
     return Activations(
-        folder, places, len(windows) * (windows.shape[1] - 1), per_shard * (windows.shape[1] - 1), _digest(recipe),
-        seconds, captured / seconds if captured else 0.0,
+        folder, places, len(windows) * (windows.shape[1] - 1), per_shard * (windows.shape[1] - 1),
+        _digest({**recipe, "tokens": _digest(windows)}), seconds, captured / seconds if captured else 0.0,
     )  # fmt: skip
+
+
+def open_activations(folder: str | Path) -> Activations:
+    """Open what is cached in a folder, without the model that made it.
+
+    Raises:
+        InputError: nothing is there, or a shard is missing between others.
+    """
+    folder = Path(folder)
+    recipe, shards = io.read_json(folder / RECIPE), sorted(folder.glob("shard-*.safetensors"))
+    missing = [i for i, path in enumerate(shards) if path != _shard_path(folder, i)]
+    if not shards or missing:
+        raise InputError(f"{folder} lacks shard {(missing or [0])[0]}; cache its activations first")
+    last, per_window = io.read_header(shards[-1]).entries[IDS].shape[0], recipe["length"] - 1
+    windows = (len(shards) - 1) * recipe["per_shard"] + last
+    return Activations(folder, tuple(recipe["places"]), windows * per_window, recipe["per_shard"] * per_window, "")
+
+
+def _there(path: Path, windows: Tensor) -> bool:
+    """Say whether a shard holds these windows, or these and further ones."""
+    if not path.exists():
+        return False
+    ids = io.open_weights(path)[IDS].long()
+    both = min(len(ids), len(windows))
+    if not torch.equal(ids[:both], windows[:both]):
+        raise InputError(f"{path.parent} holds activations of another text; give another folder")
+    return len(ids) >= len(windows)
 
 
 def _captured(

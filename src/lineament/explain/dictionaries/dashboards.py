@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError
-from lineament.explain.dictionaries.activations import Said
+from lineament.explain.dictionaries.activations import Activations, Said
 from lineament.explain.dictionaries.hooks import Placed
 from lineament.explain.dictionaries.weights import de_embedding, direct_tokens
 from lineament.explain.places import values_at
@@ -105,6 +105,7 @@ def dashboard(
     examples: int = 5,
     tokens: int = 8,
     name: str = "",
+    activations: Activations | None = None,
     rows: int = 8,
     said: Said | None = None,
 ) -> Dashboard:
@@ -115,6 +116,7 @@ def dashboard(
         windows: int64 [N, T]; the first position of each is left out.
         features: which ones; if None, `count` of those that fire, evenly from the rarest to the most frequent.
         examples: texts per feature. tokens: of the vocabulary, at either end. name: of the model.
+        activations: what was cached on `windows`, its own first ones (`Activations.windows`): the model isn't run.
         rows: windows in a pass. said: called with progress.
 
     Raises:
@@ -123,9 +125,15 @@ def dashboard(
     d = at.dictionary
     active: list[tuple[Tensor, Tensor]] = []
     pieces = windows.split(rows)
+    if activations is not None and not torch.equal(activations.windows(len(windows)), windows):
+        raise InputError("the cached activations are of other windows; pass the first ones of `activations.windows`")
     for done, ids in enumerate(pieces):
         with torch.no_grad():
-            z, index = d.active(values_at(model, {"input_ids": ids}, [at.reads], stop=True)[at.reads])
+            if activations is None:
+                x = values_at(model, {"input_ids": ids}, [at.reads], stop=True)[at.reads]
+            else:
+                x = _cached(activations, at.reads, done * rows, ids)
+            z, index = d.active(x)
         z[:, 0] = 0
         active.append((z.flatten(0, 1), index.flatten(0, 1)))
         if said:
@@ -145,6 +153,13 @@ def dashboard(
             driven_by=[] if driven is None else _words(tokenizer, driven[row], tokens), histogram=_histogram(fired),
         ))  # fmt: skip
     return Dashboard(model=name, place=d.config.writes, tokens=windows[:, 1:].numel(), features=found)
+
+
+def _cached(activations: Activations, place: str, first: int, ids: Tensor) -> Tensor:
+    """Return what a place held on windows [N, T], from the cache, 0 at first positions."""
+    count, length = ids.shape[0], ids.shape[1] - 1
+    x = activations.rows(place, torch.arange(first * length, (first + count) * length))
+    return nn.functional.pad(x.unflatten(0, (count, length)), (0, 0, 1, 0))
 
 
 def _some(z: Tensor, index: Tensor, features: int, count: int) -> list[int]:

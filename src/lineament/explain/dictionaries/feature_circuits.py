@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError, unknown
-from lineament.explain.circuit import SHARES, Circuit, curve_of, ends_of
+from lineament.explain.circuit import SHARES, Circuit, _judged, curve_of, ends_of
 from lineament.explain.dictionaries.hooks import Placed, check_layers
 from lineament.explain.effects import rows_of
 from lineament.explain.moved import SLOPES, Metric, swept
@@ -141,6 +141,33 @@ def feature_circuit(
         whole=ends[0], nothing=ends[1], curve=curve, prompts=task.prompts,
         seconds={"scoring": scored, "evaluation": time.perf_counter() - began - scored},
     )  # fmt: skip
+
+
+def evaluate_feature_circuit(
+    model: nn.Module,
+    clean: Mapping[str, Any] | Tensor,
+    corrupt: Mapping[str, Any] | Tensor,
+    metric: Metric,
+    dictionaries: Sequence[Placed],
+    found: Circuit,
+    *,
+    rows: int = 16,
+) -> dict[str, float]:
+    """Measure a circuit of features on other prompts: {"faithfulness", "completeness", "whole", "nothing"}.
+
+    Features of the circuit that these prompts don't move count for nothing.
+
+    Raises:
+        InputError: a circuit of a layer that has no dictionary here, or of another level.
+    """
+    check_layers(dictionaries)
+    layers = {each.name for each in dictionaries} | {f"e{each.layer}" for each in dictionaries}
+    strange = [name for name in found.parts if name.partition(".")[0] not in layers]
+    if strange:
+        raise InputError(f"no dictionary here has {strange[0]!r}; is the circuit of others?")
+    task = _task(model, named(model, clean), named(model, corrupt), metric, dictionaries, rows)
+    ends = ends_of(task)
+    return _judged(task, list(found.parts), ends) | {"whole": ends[0], "nothing": ends[1]}
 
 
 def _task(

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lineament import data, io
+from lineament import data
 from lineament._base.errors import InputError, unknown
-from lineament.explain.dictionaries.activations import Activations, Said, cache_activations
+from lineament.explain.dictionaries.activations import Activations, Said, cache_activations, open_activations
 from lineament.explain.dictionaries.dashboards import Dashboard, dashboard
 from lineament.explain.dictionaries.feature_graph import attribute
 from lineament.explain.dictionaries.files import load_dictionary, save_dictionary
@@ -124,8 +125,7 @@ def train_by_name(
     out = Path(out)
     net, tokenizer = load_teacher(model)
     _check_layers(net, layers)
-    docs = [text for name in texts for text in data.load_text(name, split="train")]
-    windows = data.windows(docs, tokenizer, length, max_tokens=tokens)
+    windows = _windows(tokenizer, texts, "train", tokens, length)
     names = {(layer, kind): KINDS[kind].format(layer) for layer in layers for kind in KINDS}
     places = [str(aliased(net, name)) for name in names.values()]
     about = {"model": model, "texts": list(texts)}
@@ -184,11 +184,11 @@ def evaluate_by_name(
         texts, tokens, length: of the held-out split.
     """
     net, tokenizer, found = _placed(model, folders)
-    windows = _held_out(tokenizer, texts, tokens, length)
+    windows = _windows(tokenizer, texts, HELD_OUT, tokens, length)
     beside = {}
     if activations is not None:
         first = next(iter(found.values()))
-        beside["best affine map"] = best_affine(_opened(Path(activations)), first.reads, first.writes)
+        beside["best affine map"] = best_affine(open_activations(activations), first.reads, first.writes)
     scores = evaluate_dictionaries(net, found, windows, beside=beside, ks=ks, said=said)
     place = next(iter(found.values())).writes
     return ScoreReport(model=model, place=place, tokens=windows[:, 1:].numel(), scores=scores)
@@ -203,15 +203,26 @@ def dashboard_by_name(
     texts: Sequence[str] = ("wiki-sample",),
     tokens: int = 16384,
     length: int = 128,
+    activations: str | None = None,
     said: Said | None = None,
 ) -> Dashboard:
-    """Make a dashboard of a dictionary, on held-out text. Arguments as for `dashboard` and `evaluate_by_name`."""
+    """Make a dashboard of a dictionary, on held-out text. Arguments as for `dashboard` and `evaluate_by_name`.
+
+    Args:
+        activations: folder of cached activations: their text is read instead, without running the model.
+    """
     net, tokenizer, found = _placed(model, [folder])
     at = next(iter(found.values()))
     if features is not None:
         at.dictionary.check(features)
-    windows = _held_out(tokenizer, texts, tokens, length)
-    return dashboard(net, tokenizer, at, windows, features=features, count=count, name=model, said=said)
+    kept = None if activations is None else open_activations(activations)
+    if kept is not None:
+        windows = kept.windows(max(1, tokens // (kept.windows(1).shape[1])))
+    else:
+        windows = _windows(tokenizer, texts, HELD_OUT, tokens, length)
+    return dashboard(
+        net, tokenizer, at, windows, features=features, count=count, name=model, activations=kept, said=said
+    )
 
 
 def graph_by_name(
@@ -252,19 +263,11 @@ def _placed(model: str, folders: Sequence[str]) -> tuple[Any, Any, dict[str, Pla
     return net, tokenizer, {name: placed(net, each) for name, each in loaded.items()}
 
 
-def _held_out(tokenizer: Any, texts: Sequence[str], tokens: int, length: int) -> Tensor:
-    docs = [text for name in texts for text in data.load_text(name, split=HELD_OUT)]
-    return data.windows(docs, tokenizer, length, max_tokens=tokens)
-
-
-def _opened(folder: Path) -> Activations:
-    """Open cached activations without the model that made them."""
-    recipe = io.read_json(folder / "activations.json")
-    windows, length = recipe["windows"]
-    shards = -(-windows // recipe["per_shard"])
-    missing = [i for i in range(shards) if not (folder / f"shard-{i:05d}.safetensors").exists()]
-    if missing:
-        raise InputError(f"{folder} has no shard {missing[0]} of {shards}; finish capturing first")
-    return Activations(
-        folder, tuple(recipe["places"]), windows * (length - 1), recipe["per_shard"] * (length - 1), ""
-    )  # fmt: skip
+def _windows(tokenizer: Any, texts: Sequence[str], split: str, tokens: int, length: int) -> Tensor:
+    """Return windows of texts by name, one text after the other, until there are enough tokens."""
+    found: list[Tensor] = []
+    for name in texts:
+        left = tokens - sum(part.numel() for part in found)
+        if not found or left >= length:
+            found.append(data.windows(data.load_text(name, split=split), tokenizer, length, max_tokens=left))
+    return torch.cat(found)

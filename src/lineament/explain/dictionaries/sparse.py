@@ -21,11 +21,12 @@ class _Encode(torch.autograd.Function):
         return values, index
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, W, values, index = ctx.saved_tensors
         g = grads[0] * (values > 0)
         b = g.new_zeros(len(W)).index_add_(0, index.flatten(), g.flatten())
-        return embedding_bag(index, W, per_sample_weights=g, mode="sum"), _by_feature(index, g, x, len(W)), b, None
+        into = embedding_bag(index, W, per_sample_weights=g, mode="sum") if ctx.needs_input_grad[0] else None
+        return into, _by_feature(index, g, x, len(W)), b, None
 
 
 class _Decode(torch.autograd.Function):
