@@ -18,7 +18,7 @@ WORK = HERE / "students"  # not kept in the repository
 SCRIPTS: dict[str, tuple[str, ...]] = {  # what makes a run of each small
     **dict.fromkeys(
         ("ops", "steps", "students", "decoders", "recipes", "other_weights", "merging", "matching", "masked",
-         "circuits", "shallow", "explain_peers", "why_paris"), ("--quick",),
+         "circuits", "shallow", "explain_peers", "transcoders", "why_paris"), ("--quick",),
     ),
     "faithfulness": ("--texts", "2"), "merging_story": ("--steps", "2", "--windows", "1"),
 }  # fmt: skip

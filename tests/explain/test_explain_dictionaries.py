@@ -270,6 +270,10 @@ def test_a_cache_grows_serves_fewer_windows_and_knows_its_text(tmp_path):
     assert fewer.count == 10 * 8
     assert fewer.digest != whole.digest
     assert open_activations(tmp_path / "cache").count == whole.count
+    both = explain.cache_activations(model, windows, [place, f"{place}:input"], tmp_path / "both", per_shard=7)
+    one = cache(windows, "both")  # of the two places this is one
+    assert one.places == both.places
+    assert torch.equal(one.rows(place, rows), whole.rows(place, rows))
     with pytest.raises(ValueError, match="another text"):
         cache(windows.flip(0))
     (tmp_path / "cache/shard-00001.safetensors").unlink()

@@ -97,7 +97,8 @@ def cache_activations(
     """Run a model on windows of text and keep what places hold, without the first position of each window.
 
     That position is a sink in most models, whose activations are outliers. The model runs to the last place only. What
-    is already there is kept, so an interrupted run goes on, and a folder serves fewer of its windows, or grows to more.
+    is already there is kept, so an interrupted run goes on, and a folder serves fewer of its windows or places, or grows
+    to more windows.
 
     Args:
         model: in eval mode. windows: int64 [N, T]. places: by our names (":input": what a module receives).
@@ -114,6 +115,7 @@ def cache_activations(
         raise InputError(f"dtype is {dtype}; activations are cached as float16 or float32")
     if windows.dim() != 2 or windows.shape[1] < 2:
         raise InputError(f"windows are {list(windows.shape)}; expected [N, T] with T of 2 at least")
+    places = _also_there(folder, places)
     recipe = {
         "places": list(places), "length": windows.shape[1], "dtype": str(dtype), "per_shard": per_shard,
         "about": dict(about or {}),
@@ -173,6 +175,12 @@ def _captured(
         if not bool(x.isfinite().all()):
             raise InputError(f"what {place!r} holds doesn't fit {dtype}; pass dtype=torch.float32")
     return found
+
+
+def _also_there(folder: Path, places: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what a folder's cache is of, if these places are among it."""
+    known = tuple(io.read_json(folder / RECIPE)["places"]) if (folder / RECIPE).exists() else ()
+    return known if set(places) <= set(known) else places
 
 
 def _claim(folder: Path, recipe: Mapping[str, Any]) -> None:
