@@ -97,8 +97,8 @@ def cache_activations(
     """Run a model on windows of text and keep what places hold, without the first position of each window.
 
     That position is a sink in most models, whose activations are outliers. The model runs to the last place only. What
-    is already there is kept, so an interrupted run goes on. A folder serves some of its windows and places, and can grow
-    to more windows.
+    is already there is kept, so an interrupted run goes on. A folder serves some of its windows and places, and can
+    grow to more windows.
 
     Args:
         model: in eval mode. windows: int64 [N, T]. places: by our names (":input": what a module receives).
