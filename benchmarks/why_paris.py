@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 
 from lineament import data, explain, io
+from lineament.explain import places
 from lineament.explain.circuit_page import batch
 from lineament.explain.dictionaries.activations import open_activations
 from lineament.explain.dictionaries.graph_page import GraphReport
 from lineament.explain.dictionaries.reading import train_by_name
-from lineament.explain.places import values_at
 from lineament.models import load_teacher
 from lineament.report import HeatText, Picture, Section, Tiles, heatmap, machine, page
 from lineament.tasks.prompt_pairs import Pair, encode
@@ -74,9 +75,9 @@ def gaze(model: Any, ids: Tensor, words: list[str], where: list[tuple[int, int]]
 
 def explained(model: Any, placed: list[Any], windows: Tensor) -> dict[str, float]:
     """Return 1 - |y - y'|^2 / |y - mean|^2 of each dictionary on text, first positions left out."""
-    places = [place for each in placed for place in (each.reads, each.writes)]
-    parts = [values_at(model, {"input_ids": ids}, places, stop=True) for ids in windows.split(4)]
-    held = {place: torch.cat([part[place][:, 1:].flatten(0, 1) for part in parts]) for place in places}
+    names = [place for each in placed for place in (each.reads, each.writes)]
+    parts = [places.values_at(model, {"input_ids": ids}, names, stop=True) for ids in windows.split(4)]
+    held = {place: torch.cat([part[place][:, 1:].flatten(0, 1) for part in parts]) for place in names}
     found = {}
     with torch.no_grad():
         for each in placed:
@@ -130,7 +131,7 @@ def told(name: str, asked: argparse.Namespace, folders: list[Path], windows: Ten
     chosen = pairs(tokenizer, asked.countries)
     clean, corrupt, metric = given = batch(encode(tokenizer, chosen))
     with torch.no_grad():
-        margins = [metric(model(input_ids=of["input_ids"])) for of in (clean, corrupt)]
+        margins = [metric(places.run(model, of)) for of in (clean, corrupt)]
     story["margins"] = [
         {"instead of France": country, "logit of Paris less that of": city, "asked for France": a, "asked for it": b}
         for country, city, a, b in zip(
@@ -192,7 +193,7 @@ def label_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
     """Write rows as a table."""
-    show = lambda x: "-" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x).replace("|", "\\|")  # noqa: E731
+    show = lambda x: "-" if x is None else f"{x:.3f}" if isinstance(x, float) else escape(str(x)).replace("|", "\\|")  # noqa: E731
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     return [*lines, *("| " + " | ".join(show(x) for x in row.values()) + " |" for row in rows), ""]
 
@@ -240,7 +241,7 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def html(result: dict[str, Any], stories: dict[str, Any], board: dict[str, Any], path: Path) -> list[Path]:
+def pictured(result: dict[str, Any], stories: dict[str, Any], board: dict[str, Any], path: Path) -> list[Path]:
     """Write the page and, beside it, its pictures for the docs."""
     sections, files = [Section("The answer", [Tiles({
         f"{name} says": (repr(story["says"][0][0]), f"{story['says'][0][1]:.1%}; Paris has rank {story['rank']}")
@@ -328,7 +329,7 @@ def run(asked: argparse.Namespace) -> None:
     if asked.json:
         io.write_text(asked.json, json.dumps(result, indent=1) + "\n")
     if asked.html:
-        print(*html(result, stories, board, asked.html))
+        print(*pictured(result, stories, board, asked.html))
     if asked.page:
         before, rest = asked.page.read_text(encoding="utf-8").split(MARKS[0])
         io.write_text(asked.page, f"{before}{MARKS[0]}\n{text(result)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
