@@ -92,7 +92,8 @@ def features(model: Any, ids: Tensor, given: Any, placed: list[Any], target: int
     began = time.process_time()
     graph = explain.attribute(model, ids, placed, targets=[target], most_features=asked.features)
     traced = time.process_time() - began
-    circuit = explain.feature_circuit(model, *given, placed, faithful=0.85)
+    clean, corrupt, metric = given
+    circuit = explain.feature_circuit(model, clean, corrupt, metric, placed, faithful=0.85)
     return graph, circuit, {"graph": traced, "circuit": time.process_time() - began - traced}
 
 
@@ -194,6 +195,8 @@ def label_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
     """Write rows as a table."""
     show = lambda x: "-" if x is None else f"{x:.3f}" if isinstance(x, float) else escape(str(x)).replace("|", "\\|")  # noqa: E731
+    if not rows:
+        return ["None.", ""]
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     return [*lines, *("| " + " | ".join(show(x) for x in row.values()) + " |" for row in rows), ""]
 
@@ -276,7 +279,7 @@ def pictured(result: dict[str, Any], stories: dict[str, Any], board: dict[str, A
         spoken = ", ".join(repr(word) for word, _ in feature.promotes[:6])
         parts.append(f"{name} fires on {feature.density:.2%} of tokens and speaks for {spoken}.")
         parts += [HeatText(tokens, values) for tokens, values in feature.examples[:3]]
-    sections.append(Section("What the features are", [label_rows(result), *parts]))
+    sections.append(Section("What the features are", [label_rows(result) or "None.", *parts]))
     page(f"Why do they answer {CAPITAL}?", sections, path, lead=f"{PROMPT!r}, from tokens to heads to features.")
     return [path, *files]
 
