@@ -1,38 +1,96 @@
 """Estimates of patching on the embedded model: how many prompts it solves, and correlation with patching beside cost.
 
-python benchmarks/circuits.py --prompts 8 --head-prompts 2 --steps 3
-python benchmarks/circuits.py --quick
+    python benchmarks/circuits.py --asked 100 --prompts 100 --head-prompts 20 --steps 10 --work begun --json FILE
+    python benchmarks/circuits.py --quick
+
+Prompts of one length run together. Correlations are over all prompts, layers and positions; RelP's lead over
+attribution patching has a 95 % interval over prompts drawn again. Scores that are done stand in --work, by kind of
+place, method and batch, and the same command goes on after them; another command adds to them.
 """
 
 import argparse
 import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lineament.explain import agreement
+from lineament import explain, io
+from lineament._base.seeds import generator
 from lineament.explain.circuit_page import _single, batch, solved
+from lineament.explain.effects import sites_of
 from lineament.models import load_teacher
 from lineament.report import machine
-from lineament.tasks.prompt_pairs import TASKS, encode
+from lineament.tasks.prompt_pairs import TASKS, Encoded, encode
+
+BATCH, ROWS, DRAWS = 24, 48, 2000
+"""Prompts in a batch, rows of a forward pass, draws of prompts for an interval."""
+
+
+def batches(encoded: Encoded, chosen: Sequence[int]) -> list[list[int]]:
+    """Return prompts in batches of one length, so that no place stands behind a prompt's end."""
+    lengths: dict[int, list[int]] = {}
+    for row in chosen:
+        lengths.setdefault(int(encoded.last[row]), []).append(row)
+    return [rows[i : i + BATCH] for rows in lengths.values() for i in range(0, len(rows), BATCH)]
+
+
+def scores(model: Any, encoded: Encoded, rows: list[int], kind: str, method: str, **options: Any) -> dict[str, Tensor]:
+    """Return the effects of all places of a kind on some prompts, side by side [B, cells], and CPU seconds."""
+    clean, corrupt, metric = batch(encoded.rows(rows))
+    sites, by = sites_of(model, kind)
+    between, began = metric.between(model, clean, corrupt), time.process_time()
+    found = explain.effects(model, clean, corrupt, between, sites, method=method, by=by, rows=ROWS, **options)
+    seconds = torch.tensor(time.process_time() - began, dtype=torch.float64)
+    return {"scores": torch.cat([x.flatten(1) for x in found.scores.values()], 1), "seconds": seconds}
+
+
+def sums(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """Return, for each prompt, what a correlation is made of [B, 6]."""
+    rows = []
+    for a, b in zip(x, y, strict=True):
+        a, b = a.double(), b.double()
+        rows.append(torch.stack([torch.ones_like(a), a, b, a * a, b * b, a * b]).sum(-1).T)
+    return torch.cat(rows)
+
+
+def pearson(found: Tensor) -> Tensor:
+    """Return the correlation from sums [..., 6]."""
+    n, x, y, xx, yy, xy = found.unbind(-1)
+    return (n * xy - x * y) / ((n * xx - x * x) * (n * yy - y * y)).sqrt()
+
+
+def row_of(kind: str, found: Mapping[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
+    """Return a kind's correlations with patching by method, and CPU seconds."""
+    truth = [each["scores"] for each in found["patch"]]
+    first = {"places": kind, "prompts": sum(map(len, truth)), "scores": sum(x.numel() for x in truth)}
+    made = {name: sums([each["scores"] for each in found[name]], truth) for name in found if name != "patch"}
+    row = first | {name: float(pearson(x.sum(0))) for name, x in made.items()}
+    if {"relp", "attribution"} <= set(made):
+        draw = torch.randint(first["prompts"], (DRAWS, first["prompts"]), generator=generator(0))
+        leads = pearson(made["relp"][draw].sum(1)) - pearson(made["attribution"][draw].sum(1))
+        low, high = leads.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        row |= {"relp ahead by": row["relp"] - row["attribution"], "low": low, "high": high}
+    return row | {f"{name}, CPU s": float(sum(each["seconds"] for each in several)) for name, several in found.items()}
 
 
 def main() -> None:
     """Print the share of prompts solved, then a row per kind of place as it is found."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--task", default="ioi", choices=list(TASKS))
     parser.add_argument("--asked", type=int, default=100)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--head-prompts", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3, help="of integrated gradients")
-    parser.add_argument("--kinds", nargs="*", default=["residual", "mlp", "attention", "head"])
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--head-prompts", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10, help="of integrated gradients")
+    parser.add_argument("--kinds", nargs="*", default=["residual", "mlp", "head", "attention"])
     parser.add_argument("--methods", nargs="*", default=["attribution", "relp", "integrated-gradients"])
-    parser.add_argument(
-        "--positions", nargs="*", type=int, help="the places looked at, all if left out; -1 is the last"
-    )
+    parser.add_argument("--positions", nargs="*", type=int, help="the places looked at, all if left out; -1: the last")
     parser.add_argument("--quick", action="store_true", help="one prompt of eight, attribution of the residual stream")
+    parser.add_argument("--work", type=Path, help="folder of finished scores, to go on from")
     parser.add_argument("--json", type=Path, help="write the rows and the machine's description here")
     given = parser.parse_args()
     if given.quick:
@@ -40,28 +98,31 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_teacher(given.model)
     pairs = TASKS[given.task](given.asked, fits=lambda word: _single(tokenizer, word))
-    encoded = encode(tokenizer, pairs)
-    right, first = solved(model, encoded)
-    share = {"asked": given.asked, "solved": int(right.sum()), "likeliest": int(first.sum())}
+    encoded, parts = encode(tokenizer, pairs), io.Parts(given.work)
+    right, first = parts.value(
+        f"solved-{given.task}-{given.asked}", lambda: [x.tolist() for x in solved(model, encoded)]
+    )
+    share = {"asked": given.asked, "solved": sum(right), "likeliest": sum(first)}
     result: dict[str, Any] = {"machine": machine(), "model": given.model, "task": given.task, **share, "rows": []}
     print(json.dumps(share), flush=True)
-    length = encoded.last[right].mode().values  # of one length, so that no place stands behind a prompt's end
-    chosen = (right & (encoded.last == length)).nonzero().flatten().tolist()
+    options = {"steps": given.steps, "positions": given.positions}
     for kind in given.kinds:
-        rows = chosen[: given.head_prompts if kind == "head" else given.prompts]
-        clean, corrupt, metric = batch(encoded.rows(rows))
-        between = metric.between(model, clean, corrupt)
-        options = {
-            "steps": given.steps,
-            "rows": 48,
-            "positions": given.positions,
-            "said": lambda x: print(x, flush=True),
-        }
-        found = agreement(model, clean, corrupt, between, kinds=[kind], methods=given.methods, **options)[0]
-        result["rows"].append(found | {"prompts": len(rows), "tokens": int(length) + 1})
+        chosen = [row for row, solves in enumerate(right) if solves]
+        chosen = chosen[: given.head_prompts if kind == "head" else given.prompts]
+        found: dict[str, list[dict[str, Tensor]]] = {}
+        for method in ("patch", *given.methods):
+            for rows in batches(encoded, chosen):
+                asked = json.dumps(
+                    [given.model, given.task, given.asked, rows, options if "grad" in method else given.positions]
+                )
+                name = f"{kind}-{method}-{io.digest_of(torch.tensor(list(asked.encode())))[:12]}"
+                made = parts.tensors(name, lambda r=rows, m=method, k=kind: scores(model, encoded, r, k, m, **options))
+                found.setdefault(method, []).append(made)
+            print(f"{kind}: {method}", flush=True)
+        result["rows"].append(row_of(kind, found))
         print(json.dumps(result["rows"][-1]), flush=True)
         if given.json:
-            given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            io.write_json(given.json, result, indent=1)
 
 
 if __name__ == "__main__":

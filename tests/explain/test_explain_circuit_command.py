@@ -8,6 +8,7 @@ from tiny_families import make, saved_decoder, word_tokenizer
 
 from lineament.cli import run
 from lineament.explain.circuit_page import batch, compared, solved
+from lineament.io import Parts
 from lineament.tasks.prompt_pairs import Pair, encode
 
 WORDS = ["[UNK]", "the", "capital", "of", "france", "is", "paris", "italy", "rome", "spain", "madrid", "in"]
@@ -45,6 +46,39 @@ def test_heads_are_drawn_and_what_is_not_faithful_exits_with_1(decoder, tmp_path
     assert run([*command, "--png", str(tmp_path / "a.png")]) == 1
     assert "prompts solved" in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("fails_at", [1, 4, 9, 14])
+def test_an_interrupted_command_goes_on_to_the_same_circuit(decoder, tmp_path, capsys, monkeypatch, fails_at):
+    """The parts: who solves what, scores by batch, the metric's ends, a size each, held-out prompts, comparisons."""
+    command = ["circuit", decoder, "--task", str(tmp_path / "task.json"), "--faithful", "-99", "--compare", "mlp"]
+    assert run([*command, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    real, made = Parts._path, []
+
+    def dies(parts, *name):
+        if len(made) == fails_at:
+            raise KeyboardInterrupt
+        made.append(name)
+        return real(parts, *name)
+
+    work = tmp_path / "work"
+    with monkeypatch.context() as patched:
+        patched.setattr(Parts, "_path", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run([*command, "--work", str(work)])
+    kept = {path.name: path.stat().st_mtime_ns for path in work.iterdir()}
+    assert len(kept) == fails_at + 1  # and what was asked
+    assert run([*command, "--work", str(work), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert without_seconds(found) == without_seconds(whole)
+    assert not work.exists()
+
+
+def without_seconds(found):
+    if isinstance(found, dict):
+        return {name: without_seconds(x) for name, x in found.items() if name != "seconds" and not name.endswith(", s")}
+    return [without_seconds(x) for x in found] if isinstance(found, list) else found
 
 
 def test_mistakes_are_one_line(decoder, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The depth report: its numbers are the graph room's, on softmax models and students; the command and mistakes."""
 
+import importlib
 import json
 
 import pytest
@@ -10,6 +11,8 @@ from lineament import explain, graph, models
 from lineament._base.errors import InputError
 from lineament.cli import run
 from lineament.explain.depth import layer_names
+
+room = importlib.import_module("lineament.explain.depth")  # the function of that name hides it
 
 
 def texts(count=3, length=20):
@@ -108,3 +111,31 @@ def test_the_command_writes_one_page(decoder, capsys, tmp_path):
     assert "effective depth" in capsys.readouterr().out
     levels.write_text("[]")
     assert run(["depth", model, *options]) == 2
+
+
+def test_a_killed_report_goes_on_to_the_same_numbers(decoder, capsys, tmp_path, monkeypatch):
+    model, text = decoder
+    levels = tmp_path / "levels.json"
+    levels.write_text(json.dumps({"one hop": ["w1 w2 w3 " * 6, "w4 w5 w6 " * 6]}))
+    command = ["depth", model, "--data", text, "--texts", "3", "--tokens", "24", "--to", model, "--levels", str(levels)]
+    assert run([*command, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    page, begun, real, read = tmp_path / "depth.html", tmp_path / "depth.html.partial", room._read, []
+
+    def dies(*given):
+        read.append(given)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(room, "_read", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run([*command, "--html", str(page)])
+    assert sorted(path.name for path in begun.glob("text-*")) == ["text-0.safetensors", "text-1.safetensors"]
+    assert run([*command, "--seed", "1", "--html", str(page)]) == 2
+    assert "begun with other seed" in capsys.readouterr().err.replace("\n", " ")
+    assert run([*command, "--html", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == whole
+    assert len(read) == 4
+    assert page.exists()
+    assert not begun.exists()

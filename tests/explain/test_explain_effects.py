@@ -7,6 +7,7 @@ from torch import nn
 
 from lineament import explain
 from lineament.explain.relevance import propagate
+from lineament.explain.restart import Restart
 from lineament.explain.rules import GRADIENT, RELP
 
 MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]
@@ -51,6 +52,27 @@ def test_patching_the_whole_last_residual_is_the_whole_difference():
         whole = difference(model(**clean)) - difference(model(**corrupt))
     torch.testing.assert_close(found[:, -1], whole)
     assert bool((found[:, :-1].abs() < 1e-12).all())  # the last position alone is read
+
+
+@pytest.mark.parametrize(("family", "latest"), [("llama", 5), ("gpt2", 5), ("gemma2", 0)])
+@pytest.mark.parametrize("method", ["patch", "integrated-gradients"])
+def test_runs_go_on_from_the_first_token_that_changes(family, latest, method):
+    """Where logits are asked for at the last token alone, earlier tokens' keys and values are kept: the same scores."""
+    model = make(family, torch.float64)[0]
+    clean, corrupt = ids(6), ids(6).clone()
+    corrupt[:, 2] = (corrupt[:, 2] + 7) % 58 + 3
+    site, kept = "blocks.1.hook_resid_pre", {"logits_to_keep": torch.tensor([5])}
+    found = [
+        explain.effects(
+            model, {"input_ids": clean} | more, {"input_ids": corrupt} | more, difference, site, method=method, steps=3
+        )
+        for more in ({}, kept)
+    ]
+    whole, again = (next(iter(each.scores.values())) for each in found)
+    torch.testing.assert_close(whole, again)
+    assert bool((again[:, :2] == 0).all())
+    assert bool((again[:, 2:].abs() > 1e-6).all())
+    assert Restart(model, {"input_ids": corrupt} | kept, ["model"]).latest == latest
 
 
 def test_no_rules_are_the_gradient():

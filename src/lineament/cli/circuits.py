@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lineament.cli.conversion import Json, Model
+from lineament.cli.conversion import Json, Model, Work
 
 
 def circuit(
@@ -29,14 +29,16 @@ def circuit(
     html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the picture here.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the JSON here too.")] = None,
+    work: Work = None,
     json: Json = False,
 ) -> None:
     """Find the circuit of a task, and measure how faithful and complete it is; exit 1 if it isn't faithful enough.
 
     A task file is {"prompts": [{"clean": ..., "corrupt": ..., "answer": ..., "distractor": ...}]}, prompts of a pair
-    having as many tokens. Example: lineament circuit smollm2 --task ioi --html circuit.html
+    having as many tokens. The same command goes on where it was interrupted if it writes a file or is given --work.
+    Example: lineament circuit smollm2 --task ioi --html circuit.html
     """
-    from lineament.cli.messages import answer, quiet
+    from lineament.cli.messages import answer, quiet, work_folder
     from lineament.convert.progress import Progress
     from lineament.explain.circuit_page import circuit_of
     from lineament.io import write_text
@@ -46,6 +48,7 @@ def circuit(
         found = circuit_of(
             model, task, prompts=prompts, seed=seed, compare=compare or (), compare_prompts=compare_prompts,
             level=level, method=method, ablation=ablation, size=size, faithful=faithful, said=progress.step,
+            work=work_folder(work, html, png, out),
         )  # fmt: skip
     written = [found.write_html(html)] if html else []
     written += [found.write_png(png)] if png else []

@@ -9,6 +9,9 @@ Model = Annotated[
     str, typer.Argument(help="A folder, a Hub name, a GGUF file, or the word smollm2 (embedded default).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Work = Annotated[
+    Path | None, typer.Option(help="Folder for what is finished; FILE.partial of the first file written unless said.")
+]
 
 
 def convert(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lineament.cli.conversion import Json, Model
+from lineament.cli.conversion import Json, Model, Work
 
 
 def depth(
@@ -18,14 +18,16 @@ def depth(
     levels: Annotated[Path | None, typer.Option(help='JSON {"level": ["text", ...]}: depth scores by level.')] = None,
     seed: Annotated[int, typer.Option(help="Of the cuts.")] = 0,
     html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    work: Work = None,
     json: Json = False,
 ) -> None:
     """Report what each layer writes, what skipping it changes, and where the output is known.
 
+    The same command goes on where it was interrupted if it writes a page or is given --work.
     Example: lineament depth smollm2 --html depth.html
     """
     from lineament._base.errors import InputError
-    from lineament.cli.messages import answer, quiet
+    from lineament.cli.messages import answer, quiet, work_folder
     from lineament.convert.progress import Progress
     from lineament.explain.depth_reading import read_depth
     from lineament.io import read_json
@@ -38,7 +40,7 @@ def depth(
     with Progress() as progress:
         found = read_depth(
             model, text=data, texts=texts, tokens=tokens, cuts=cuts, to=to, levels=given, seed=seed,
-            progress=progress.step,
+            progress=progress.step, work=work_folder(work, html),
         )  # fmt: skip
     written = [found.write_html(html)] if html else []
     answer(found, json, *written)

@@ -68,6 +68,19 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
+def work_folder(work: Path | None, *written: Path | None) -> Path | None:
+    """Return where unfinished work is kept: the folder asked for, else FILE.partial of the first file to write.
+
+    Example:
+        >>> work_folder(None, None, Path("/runs/depth.html")).name
+        'depth.html.partial'
+    """
+    from lineament.io import partial_path
+
+    first = next((path for path in written if path is not None), None)
+    return work or (None if first is None else partial_path(first))
+
+
 def require_new(out: Path) -> None:
     """Refuse a folder that is there already, before any work is done.
 

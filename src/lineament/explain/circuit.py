@@ -21,6 +21,7 @@ from lineament.explain.moved import ABLATIONS, How, Metric, ablated, moved
 from lineament.explain.places import Grid, check_aligned, run
 from lineament.explain.relevance import named
 from lineament.explain.wiring import Wiring, rewired, wiring, without
+from lineament.io import Parts
 
 LEVELS = ("edge", "node")
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -38,7 +39,7 @@ class Circuit:
         method, ablation: how they were scored, what the others are set to.
         faithfulness, completeness: of this circuit.
         whole, nothing: the metric's mean over prompts with nothing and with everything ablated.
-        curve: by size: size, share, faithfulness, completeness.
+        curve: by size: size, share, faithfulness, completeness, seconds.
         prompts: how many it was found on. seconds: scoring and evaluation.
     """
 
@@ -121,14 +122,17 @@ class _Task:
             cut[reader, writer] = self.at.edge(reader, writer) in gone
         return rewired(self.model, self.at, ablation, cut)
 
-    def scores(self, how: How) -> dict[str, float]:
-        """Return by how much the metric falls, on average, with each edge or node ablated alone."""
-        total: dict[str, Any] = {}
+    def scores(self, how: How, parts: Parts) -> tuple[dict[str, float], float]:
+        """Return by how much the metric falls, on average, with each edge or node ablated alone, and seconds."""
         score = self._edge_scores if self.level == "edge" else self._node_scores
-        for clean, corrupt, metric, new in self.batches:
-            for name, x in score(clean, corrupt, metric, new, how).items():
-                total[name] = total.get(name, 0.0) - float(x.sum(dtype=torch.float64))
-        return {name: total[name] / self.prompts for name in self.names}
+
+        def sums(clean: Any, corrupt: Any, metric: Metric, new: Any) -> dict[str, float]:
+            found = score(clean, corrupt, metric, new, how)
+            return {name: -float(x.sum(dtype=torch.float64)) for name, x in found.items()}
+
+        found = [parts.value(f"scores-{at}", timed(sums, *batch)) for at, batch in enumerate(self.batches)]
+        total = {name: sum(each["found"][name] for each in found) / self.prompts for name in self.names}
+        return total, sum(each["seconds"] for each in found)
 
     @property
     def prompts(self) -> int:
@@ -170,6 +174,7 @@ def circuit(
     steps: int = 10,
     rows: int = 64,
     said: Callable[[str, int, int], None] | None = None,
+    parts: Parts | None = None,
 ) -> Circuit:
     """Find the edges or nodes of a decoder that do a task, and measure how well they do it alone.
 
@@ -189,31 +194,32 @@ def circuit(
         shares: sizes of the curve, as shares of all edges or nodes.
         steps: of integrated gradients. rows: of a pass.
         said: called with (what, done, all).
+        parts: where scores by batch and the curve by size are kept.
 
     Raises:
         InputError: prompts of unequal shapes, an unknown level, method or ablation, a size out of range, or a task that
             ablating everything does not change.
     """
     task = _checked(model, clean, corrupt, metric, level, method, ablation, rows)
-    say, began = said or (lambda what, done, total: None), time.perf_counter()
+    say, parts = said or (lambda what, done, total: None), parts or Parts()
     names = task.names
     if size is not None and not 0 < size <= len(names):
         raise InputError(f"size is {size}; the model has {len(names)} {level}s")
     say("scoring", 0, 1)
-    scores = task.scores(How(method, Grid(("component",)), max(rows, 512), steps))
+    scores, seconds = task.scores(How(method, Grid(("component",)), max(rows, 512), steps), parts)
     say("scoring", 1, 1)
-    scored, ends = time.perf_counter() - began, ends_of(task)
+    ends = parts.value("ends", timed(ends_of, task))
     order = sorted(names, key=lambda name: -abs(scores[name]))
     sizes = sorted({max(1, round(share * len(names))) for share in shares} | ({size} if size else set()))
     kept = {count: alive(order[:count]) if level == "edge" else order[:count] for count in sizes}
-    curve = curve_of(task, kept, ends, say)
+    curve = curve_of(task, kept, tuple(ends["found"]), say, parts)
     wanted = [row for row in curve if (row["asked"] == size if size else row["faithfulness"] >= faithful)]
     chosen = (wanted or curve[-1:])[0]
     return Circuit(
         level=level, parts={name: scores[name] for name in kept[chosen["asked"]]}, total=len(names), method=method,
-        ablation=ablation, faithfulness=chosen["faithfulness"], completeness=chosen["completeness"], whole=ends[0],
-        nothing=ends[1], curve=curve, prompts=task.prompts,
-        seconds={"scoring": scored, "evaluation": time.perf_counter() - began - scored},
+        ablation=ablation, faithfulness=chosen["faithfulness"], completeness=chosen["completeness"],
+        whole=ends["found"][0], nothing=ends["found"][1], curve=curve, prompts=task.prompts,
+        seconds={"scoring": seconds, "evaluation": ends["seconds"] + sum(row["seconds"] for row in curve)},
     )  # fmt: skip
 
 
@@ -266,15 +272,27 @@ def ends_of(task: Any) -> tuple[float, float]:
 
 
 def curve_of(
-    task: Any, kept: Mapping[int, Sequence[str]], ends: tuple[float, float], say: Callable[[str, int, int], None]
-) -> list[dict[str, Any]]:
-    curve = []
+    task: Any, kept: Mapping[int, Sequence[str]], ends: tuple[float, float], say: Callable[[str, int, int], None],
+    kept_in: Parts | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    curve, kept_in = [], kept_in or Parts()
     for index, (count, parts) in enumerate(kept.items()):
         say("evaluating", index, len(kept))
-        row = {"asked": count, "size": len(parts), "share": len(parts) / len(task.names)}
-        curve.append(row | _judged(task, parts, ends))
+        found = kept_in.value(f"size-{count}", timed(_judged, task, parts, ends))
+        row = {"asked": count, "size": len(parts), "share": len(parts) / len(task.names), "seconds": found["seconds"]}
+        curve.append(row | found["found"])
     say("evaluating", len(kept), len(kept))
     return curve
+
+
+def timed(work: Callable[..., Any], *given: Any) -> Callable[[], dict[str, Any]]:
+    """Return a function that does the work: {"found": what it gave, "seconds": of wall clock}."""
+
+    def make() -> dict[str, Any]:
+        began = time.perf_counter()
+        return {"found": work(*given), "seconds": time.perf_counter() - began}
+
+    return make
 
 
 def _judged(task: Any, kept: Sequence[str], ends: tuple[float, float]) -> dict[str, float]:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lineament import io
 from lineament._base.errors import InputError
 from lineament.explain.circuit import Circuit, _order, circuit, evaluate_circuit
 from lineament.explain.effects import agreement
 from lineament.explain.metrics import LogitDifference
 from lineament.explain.places import run
-from lineament.io import write_bytes
-from lineament.models import load_teacher
+from lineament.models import find_model, load_teacher
 from lineament.report import Picture, Section, Tiles, curve, heatmap, network, page, table
 from lineament.tasks.prompt_pairs import TASKS, Encoded, Pair, encode, read_pairs
 
@@ -88,7 +88,7 @@ class CircuitReport:
 
     def write_png(self, path: str | Path) -> Path:
         """Write the picture of the circuit."""
-        return write_bytes(path, self.png())
+        return io.write_bytes(path, self.png())
 
     def write_html(self, path: str | Path) -> Path:
         """Write a page: numbers, the picture, the curve, the parts, the agreement."""
@@ -131,6 +131,7 @@ def circuit_of(
     rows: int = 24,
     faithful: float = 0.85,
     said: Callable[[str, int, int], None] | None = None,
+    work: str | Path | None = None,
     **options: Any,
 ) -> CircuitReport:
     """Find the circuit of a task in a language model by name.
@@ -144,9 +145,12 @@ def circuit_of(
         compare_prompts: how many prompts for that.
         rows, faithful, options: of `circuit`; 24 short prompts a sweep take about 2 GB at 135M.
         said: called with (what, done, all).
+        work: a folder for what is finished, so that the same call goes on after a kill; it is gone in the end. None
+            keeps nothing.
 
     Raises:
-        InputError: no such task or model, prompts that can't be paired, or fewer than two that the model solves.
+        InputError: no such task or model, prompts that can't be paired, fewer than two that the model solves, or a
+            folder with other work.
     """
     if prompts < 2 or not 0 <= held_out < 1:
         raise InputError(f"{prompts} prompts, {held_out} of them held out; expected 2 or more, and a share below 1")
@@ -155,18 +159,27 @@ def circuit_of(
     if pairs is None:
         pairs = TASKS[task](prompts, seed=seed, fits=lambda word: _single(tokenizer, word))
     encoded = encode(tokenizer, pairs)
-    right, first = solved(net, encoded)
-    chosen = right.nonzero().flatten().tolist()
-    if len(chosen) < 2:
-        raise InputError(f"{model} solves {len(chosen)} of {len(pairs)} prompts of {task}; there is nothing to explain")
-    count = max(1, round(len(chosen) * (1 - held_out)))
-    given = batch(encoded.rows(chosen[:count]))
-    found = circuit(net, *given, faithful=faithful, rows=rows, said=said, **options)
-    others = evaluate_circuit(net, *batch(encoded.rows(chosen[count:])), found, rows=rows) if chosen[count:] else None
-    beside = compared(net, encoded.rows(chosen[:compare_prompts]), compare, said) if compare else []
+    asked = {"model": io.stamp(find_model(model)), "rows": rows, "faithful": faithful, "held out": held_out, **options}
+    prompted = io.digest_of(encoded.clean, encoded.corrupt, encoded.answer, encoded.distractor, encoded.last)
+    asked |= {"prompts": prompted, "compare": list(compare), "compare prompts": compare_prompts}
+    with io.kept_parts(work, asked) as parts:
+        right, first = (
+            torch.tensor(x) for x in parts.value("solved", lambda: [x.tolist() for x in solved(net, encoded)])
+        )
+        chosen = right.nonzero().flatten().tolist()
+        if len(chosen) < 2:
+            raise InputError(
+                f"{model} solves {len(chosen)} of {len(pairs)} prompts of {task}; there is nothing to explain"
+            )
+        count = max(1, round(len(chosen) * (1 - held_out)))
+        given = batch(encoded.rows(chosen[:count]))
+        found = circuit(net, *given, faithful=faithful, rows=rows, said=said, parts=parts, **options)
+        others = batch(encoded.rows(chosen[count:])) if chosen[count:] else None
+        judged = others and parts.value("held out", lambda: evaluate_circuit(net, *others, found, rows=rows))
+        beside = compared(net, encoded.rows(chosen[:compare_prompts]), compare, said, parts) if compare else []
     return CircuitReport(
         model=model, task=Path(task).stem, example=pairs[chosen[0]], solved=len(chosen), asked=len(pairs),
-        first=int(first.sum()), circuit=found, held_out=others, agreement=beside,
+        first=int(first.sum()), circuit=found, held_out=judged, agreement=beside,
         wanted=0.0 if options.get("size") else faithful,
     )  # fmt: skip
 
@@ -198,12 +211,17 @@ def solved(model: nn.Module, pairs: Encoded, *, rows: int = 32) -> tuple[torch.T
 
 
 def compared(
-    model: nn.Module, pairs: Encoded, kinds: Sequence[str], said: Callable[[str, int, int], None] | None = None
+    model: nn.Module,
+    pairs: Encoded,
+    kinds: Sequence[str],
+    said: Callable[[str, int, int], None] | None = None,
+    parts: io.Parts | None = None,
 ) -> list[dict[str, Any]]:
     """Compare estimates with patching on a task, as shares of the way from the corrupt prompt to the clean one."""
     clean, corrupt, metric = batch(pairs)
     tick = (lambda text: said(text, 1, 1)) if said else None
-    return agreement(model, clean, corrupt, metric.between(model, clean, corrupt), kinds=kinds, rows=128, said=tick)
+    between = metric.between(model, clean, corrupt)
+    return agreement(model, clean, corrupt, between, kinds=kinds, rows=128, said=tick, parts=parts)
 
 
 def _single(tokenizer: Any, word: str) -> bool:

@@ -15,7 +15,6 @@ from lineament._base.seeds import generator
 from lineament.graph import (
     LinearMaps,
     SkipEffects,
-    Stream,
     contributions,
     depth_score,
     direct_effects,
@@ -26,6 +25,7 @@ from lineament.graph import (
     skip_effects,
     transition_layer,
 )
+from lineament.io import Parts
 from lineament.models import ADAPTERS, adapter_for
 
 Progress = Callable[[str, int, int], None]
@@ -76,6 +76,7 @@ def depth(
     seed: int = 0,
     levels: Mapping[str, Sequence[Tensor]] | None = None,
     progress: Progress | None = None,
+    parts: Parts | None = None,
 ) -> Depth:
     """Measure what each layer writes, what its absence changes for later layers and tokens, and what each layer knows.
 
@@ -90,6 +91,7 @@ def depth(
         cuts: places per text, drawn by `seed`, at which past and future are parted.
         levels: level of difficulty -> texts, for scores by level.
         progress: called with (what, done, of how many).
+        parts: where what is found of each text is kept.
 
     Raises:
         InputError: no texts, one too short, or no layers to be found.
@@ -104,43 +106,53 @@ def depth(
     batches = [_row(text) for text in texts]
     if not batches:
         raise InputError("there is no text to read; give at least one")
-    read: list[_Read] = []
+    read, parts = [], parts or Parts()
     for at, batch in enumerate(batches):
-        read.append(_read(model, names, added, batch, cuts, seed + at))
+        read.append(parts.tensors(f"text-{at}", lambda b=batch, at=at: _read(model, names, added, b, cuts, seed + at)))
         if progress:
             progress("texts", at + 1, len(batches))
-    parts = [contributions(each.stream) for each in read]
-    counted = [each.stream.counted for each in read]
-    joined = {n: torch.cat([p[n][:, c] for p, c in zip(parts, counted, strict=True)], 1) for n in parts[0]}
-    first = {n: torch.cat([p[n][..., 0] for p in parts], 1).mean(1) for n in parts[0]}
-    future, current, direct = (_summed([e for each in read for e in each.effects[kind]]) for kind in range(3))
-    lens = {k: torch.stack([each.lens[k] for each in read]).mean(0).tolist() for k in ("KL", "overlap")}
+    joined, first = (_joined(read, f"{kind} ") for kind in ("written", "first"))
+    future, current, direct = (_summed(_joined(read, f"{kind} ")) for kind in ("future", "current", "direct"))
+    lens = {k: torch.stack([each[k] for each in read]).mean(0).tolist() for k in ("KL", "overlap")}
     return Depth(
-        layers=len(names), tokens=int(sum(c.sum() for c in counted)),
-        written={n: _spread(x) | {"first": first[n].tolist()} for n, x in joined.items()},
+        layers=len(names), tokens=joined["|c|"].shape[1],
+        written={n: _spread(x) | {"first": first[n].mean(1).tolist()} for n, x in joined.items()},
         future=_lists(future), current=_lists(current), direct=_lists(direct), lens=lens, scores=_scores(future),
         effective_depth=effective_depth(future["mean"]),
         transition=transition_layer(joined["|c|/|h|"].mean(1)) if "|c|/|h|" in joined else None,
-        difficulty=_difficulty(model, names, added, levels or {}, cuts, seed, progress),
+        difficulty=_difficulty(model, names, added, levels or {}, cuts, seed, progress, parts),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Read:
-    stream: Stream
-    effects: tuple[list[SkipEffects], list[SkipEffects], list[SkipEffects]]
-    lens: dict[str, Tensor]
 
 
 def _read(
     model: nn.Module, names: Sequence[str], added: Sequence[str] | None, batch: Tensor, cuts: int, seed: int
-) -> _Read:
-    found = residual_stream(model, names, batch, attention=added)
+) -> dict[str, Tensor]:
+    """Return everything of one text: "written |c|" and the like [L, tokens], "future relative" [S, L, tokens], ..."""
+    stream = residual_stream(model, names, batch, attention=added)
     at = _places(batch.shape[1], cuts, seed)
-    future = [skip_effects(model, names, batch, found, until=t) for t in at]
-    current = [skip_effects(model, names, batch, found)]
-    direct = [direct_effects(model, names, batch, found, until=at[0])]
-    return _Read(found, (future, current, direct), logit_lens(model, names, batch, found))
+    effects = {
+        "future": [skip_effects(model, names, batch, stream, until=t) for t in at],
+        "current": [skip_effects(model, names, batch, stream)],
+        "direct": [direct_effects(model, names, batch, stream, until=at[0])],
+    }
+    found = dict(logit_lens(model, names, batch, stream))
+    for name, x in contributions(stream).items():
+        found |= {f"written {name}": x[:, stream.counted], f"first {name}": x[..., 0]}
+    for kind, several in effects.items():
+        found |= {f"{kind} {name}": x for name, x in _together(several).items()}
+    return found
+
+
+def _together(effects: Sequence[SkipEffects]) -> dict[str, Tensor]:
+    """Return effects side by side along their tokens."""
+    several = [{n: x for n, x in vars(each).items() if x is not None} for each in effects]
+    return {name: torch.cat([each[name] for each in several], -1) for name in several[0]}
+
+
+def _joined(read: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, Tensor]:
+    """Return what all texts have under names of a prefix, side by side along their tokens."""
+    names = [name for name in read[0] if name.startswith(prefix)]
+    return {name.removeprefix(prefix): torch.cat([each[name] for each in read], -1) for name in names}
 
 
 def _places(T: int, cuts: int, seed: int) -> list[int]:
@@ -155,12 +167,11 @@ def _row(text: Tensor) -> Tensor:
     return text if text.dim() == 2 else text[None]
 
 
-def _summed(effects: Sequence[SkipEffects]) -> dict[str, Any]:
-    relative = torch.cat([e.relative for e in effects], -1)
-    whole = SkipEffects(relative, torch.cat([e.absolute for e in effects], -1), None)
-    found: dict[str, Any] = {**whole.summary(), "absolute": whole.absolute.mean(-1)}
-    outputs = [e.output for e in effects if e.output is not None]
-    return found | ({"output": torch.cat(outputs, -1).mean(-1)} if outputs else {})
+def _summed(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return mean, q95 and max of relative effects over tokens [S, L], the mean of absolute ones and of the output."""
+    whole = SkipEffects(found["relative"], found["absolute"], found.get("output"))
+    output = {} if whole.output is None else {"output": whole.output.mean(-1)}
+    return whole.summary() | {"absolute": whole.absolute.mean(-1)} | output
 
 
 def _lists(found: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -186,17 +197,21 @@ def _scores(found: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _difficulty(
     model: nn.Module, names: Sequence[str], added: Sequence[str] | None, levels: Mapping[str, Sequence[Tensor]],
-    cuts: int, seed: int, progress: Progress | None,
+    cuts: int, seed: int, progress: Progress | None, parts: Parts,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Score each level's texts, and draw texts again for an interval."""
+
+    def scored(batch: Tensor, at: int) -> dict[str, float]:
+        stream = residual_stream(model, names, batch, attention=added)
+        places = _places(batch.shape[1], cuts, seed + at)
+        return _scores(_summed(_together([skip_effects(model, names, batch, stream, until=t) for t in places])))
+
     found = {}
     for done, (level, texts) in enumerate(levels.items()):
-        scores = []
-        for at, text in enumerate(texts):
-            batch = _row(text)
-            stream = residual_stream(model, names, batch, attention=added)
-            places = _places(batch.shape[1], cuts, seed + at)
-            scores.append(_scores(_summed([skip_effects(model, names, batch, stream, until=t) for t in places])))
+        scores = [
+            parts.value(f"level-{done}-{at}", lambda text=text, at=at: scored(_row(text), at))
+            for at, text in enumerate(texts)
+        ]
         if not scores:
             raise InputError(f"level {level!r} has no text")
         table = torch.tensor([list(each.values()) for each in scores], dtype=torch.float64)

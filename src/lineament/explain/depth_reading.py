@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lineament import data
+from lineament import data, io
 from lineament._base.errors import InputError
 from lineament.explain.depth import Depth, Progress, depth, layer_maps
-from lineament.models import load_teacher
+from lineament.models import find_model, load_teacher
 from lineament.report import Picture, Section, Text, Tiles, curve, heatmap, page, table
 
 OURS = (
@@ -123,6 +123,7 @@ def read_depth(
     levels: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    work: str | Path | None = None,
 ) -> Read:
     """Report what a language model's depth is used for.
 
@@ -133,17 +134,24 @@ def read_depth(
         to: another model with the same tokenizer, to map this one's layers onto.
         levels: level of difficulty -> texts.
         seed: of the cuts.
+        work: a folder for what is finished, text by text, so that the same call goes on after a kill; it is gone in the
+            end. None keeps nothing.
 
     Raises:
-        InputError: no such model or text, or another tokenizer.
+        InputError: no such model or text, another tokenizer, or a folder with other work.
     """
     net, tokenizer = load_teacher(model)
     docs = data.load_text(text)
     windows = data.windows(docs, tokenizer, tokens, max_tokens=texts * tokens)
     by_level = {k: [tokenizer(t, return_tensors="pt")["input_ids"] for t in v] for k, v in (levels or {}).items()}
-    found = depth(net, list(windows[:texts]), cuts=cuts, seed=seed, levels=by_level, progress=progress)
-    if to is not None:
-        found = replace(found, maps=_maps(net, tokenizer, to, docs, tokens))
+    models = {"model": io.stamp(find_model(model)), "to": to and io.stamp(find_model(to))}
+    read = io.digest_of(windows, *(x for several in by_level.values() for x in several))
+    with io.kept_parts(work, models | {"texts": read, "levels": list(by_level), "cuts": cuts, "seed": seed}) as parts:
+        found = depth(net, list(windows[:texts]), cuts=cuts, seed=seed, levels=by_level, progress=progress, parts=parts)
+        if to is not None:
+            if progress:
+                progress("maps", 0, 1)
+            found = replace(found, maps=parts.value("maps", lambda: _maps(net, tokenizer, to, docs, tokens)))
     return Read(model=model, found=found)
 
 

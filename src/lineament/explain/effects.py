@@ -19,6 +19,7 @@ from lineament.explain.moved import ABLATIONS, SLOPES, How, Metric, ablated, mov
 from lineament.explain.places import aliased, check_aligned, grid_of, values_at
 from lineament.explain.relevance import named
 from lineament.graph import Where
+from lineament.io import Parts
 from lineament.models import adapter_for
 
 METHODS = ("patch", *ABLATIONS, *SLOPES, "integrated-gradients", "direct")
@@ -172,6 +173,7 @@ def agreement(
     methods: Sequence[str] = ("attribution", "relp", "integrated-gradients"),
     truth: str = "patch",
     said: Callable[[str], None] | None = None,
+    parts: Parts | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Compare estimates with activation patching on every layer of a decoder, beside what each costs.
@@ -181,22 +183,20 @@ def agreement(
         kinds: of `KINDS`: "residual", "attention", "mlp" by position, "head" by position and head, "neuron", "edge".
         methods: estimates. truth: what they are compared with.
         said: called with each line of progress.
+        parts: where scores by kind and method are kept.
         options: of `effects` (`positions`, `steps`, `rows`).
 
     Returns:
         A row per kind: how many places, Pearson correlation over prompts and places by method, seconds by method.
     """
-    table = []
+    table, parts = [], parts or Parts()
     for kind in kinds:
-        if kind not in KINDS:
-            raise unknown("kind of place", kind, KINDS)
-        name, *by = KINDS[kind]
-        adapter = adapter_for(model)
-        layers = range(len(model.get_submodule(adapter.layers)))  # type: ignore[arg-type]
-        sites = list(dict.fromkeys(name.format(layer) for layer in layers))
-        found = {}
+        sites, by = sites_of(model, kind)
+        found: dict[str, Effects] = {}
         for method in (truth, *methods):
-            found[method] = effects(model, clean, corrupt, metric, sites, method=method, by=by, **options)
+            found[method] = kept_effects(
+                parts, f"{kind} {method}", model, clean, corrupt, metric, sites, method=method, by=by, **options
+            )
             if said:
                 said(f"{kind}: {method} in {found[method].seconds:.1f} s")
         cells = sum(x[0].numel() for x in found[truth].scores.values())
@@ -206,3 +206,23 @@ def agreement(
             | {f"{method}, s": each.seconds for method, each in found.items()}
         )
     return table
+
+
+def sites_of(model: nn.Module, kind: str) -> tuple[list[str], list[str]]:
+    """Return the places of a kind in a decoder, and how they are cut."""
+    if kind not in KINDS:
+        raise unknown("kind of place", kind, KINDS)
+    name, *by = KINDS[kind]
+    layers = range(len(model.get_submodule(adapter_for(model).layers)))  # type: ignore[arg-type]
+    return list(dict.fromkeys(name.format(layer) for layer in layers)), by
+
+
+def kept_effects(parts: Parts, name: str, *given: Any, method: str, **options: Any) -> Effects:
+    """Do as `effects`, unless the scores are kept already."""
+
+    def make() -> dict[str, Tensor]:
+        found = effects(*given, method=method, **options)
+        return found.scores | {"seconds": torch.tensor(found.seconds, dtype=torch.float64)}
+
+    scores = parts.tensors(name, make)
+    return Effects(scores, method, float(scores.pop("seconds")))

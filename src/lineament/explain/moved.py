@@ -81,28 +81,38 @@ def _exact(
         for done, (site, x) in enumerate(new.items()):
             cells, size = how.grid.cells(x), max(1, how.rows // len(x))
             parts = how.grid.parts(x != old[site]).any(-1).any(0)  # before the first word that differs, nothing does
+            first = _first(x, old[site])
             wanted = [i for i, (at, part) in enumerate(cells) if bool(parts[at, part].any())]
             found = before.new_zeros(len(cells), len(x))
             for i in range(0, len(wanted), size):
                 some = [cells[k] for k in wanted[i : i + size]]
-                change = _put(how.grid, x, some)
-                found[wanted[i : i + size]] = patched(restart, site, metric, change, len(some)) - before
+                since = min(restart.latest, *(max(first, min(at)) for at, _ in some))
+                change = _put(how.grid, x, some, since)
+                found[wanted[i : i + size]] = patched(restart, site, metric, change, len(some), since) - before
             scores[site] = how.grid.shaped(found, x)
             how.counted(done + 1, len(new))
     return scores
 
 
-def patched(restart: Restart, site: str, metric: Metric, change: Callable[[Tensor], Tensor], copies: int) -> Tensor:
+def patched(
+    restart: Restart, site: str, metric: Metric, change: Callable[[Tensor], Tensor], copies: int, since: int = 0
+) -> Tensor:
     """Return the metric [copies, B] of as many copies of the batch, one below the other, with a place changed."""
-    found = metric(restart.run(site, change, copies))
+    found = metric(restart.run(site, change, copies, since))
     if found.dim() != 1 or len(found) % copies:
         raise InputError("the exact methods need a metric with a number per row, [B]")
     return found.unflatten(0, (copies, -1))
 
 
-def _put(grid: Grid, new: Tensor, cells: Sequence[tuple[list[int], int]]) -> Callable[[Tensor], Tensor]:
-    """Return the change that gives each copy of the batch the new value of one cell."""
-    wanted = grid.parts(new)
+def _first(new: Tensor, old: Tensor) -> int:
+    """Return the first position where a place [B, T, D] changes, 0 if it doesn't."""
+    return int((new != old).any(-1).any(0).int().argmax())
+
+
+def _put(grid: Grid, new: Tensor, cells: Sequence[tuple[list[int], int]], since: int = 0) -> Callable[[Tensor], Tensor]:
+    """Return the change that gives each copy of the batch, from a position on, the new value of one cell."""
+    wanted = grid.parts(new)[:, since:]
+    cells = [([t - since for t in at if t >= since], part) for at, part in cells]
 
     def change(x: Tensor) -> Tensor:
         y = grid.parts(x.unflatten(0, (len(cells), -1))[0])  # refuses widths that don't fit
@@ -166,11 +176,11 @@ def _mean_slopes(
     with prepared(model):
         restart = Restart(model, base, old)
         for done, (site, x) in enumerate(old.items()):
-            total = torch.zeros_like(x)
+            since, total = min(restart.latest, _first(new[site], x)), torch.zeros_like(x)  # before, nothing moves
             for step in range(how.steps):
-                at = (x + (step + 0.5) / how.steps * (new[site] - x)).requires_grad_()
-                value = metric(restart.run(site, lambda y, at=at: at)).sum()
-                total += torch.autograd.grad(value, at)[0] / how.steps
+                at = (x + (step + 0.5) / how.steps * (new[site] - x))[:, since:].detach().requires_grad_()
+                value = metric(restart.run(site, lambda y, at=at: at, since=since)).sum()
+                total[:, since:] += torch.autograd.grad(value, at)[0] / how.steps
             found[site] = total
             how.counted(done + 1, len(old))
     return found

@@ -107,13 +107,13 @@ def flip_curves(
     with torch.no_grad():
         for descending in (True, False):
             rank = flat.argsort(dim=1, descending=descending, stable=True).argsort(dim=1).reshape(order.shape)
-            curve = []
-            for step in range(steps + 1):
+            curve = list(curves[0][:1]) if curves else []  # nothing gone, all gone: the same in both orders
+            for step in range(len(curve), steps + 1 - bool(curves)):
                 gone = rank < round(step * flat.shape[1] / steps)
                 gone = gone[:, None] if x.dim() == 4 and gone.dim() == 3 else gone
                 gone = gone[..., None] if name in at.tokens else gone
                 curve.append(at.score({name: torch.where(gone, nothing, x)}))
-            curves.append(torch.stack(curve))
+            curves.append(torch.stack([*curve, *curves[0][-1:]] if curves else curve))
     return torch.stack(curves)
 
 

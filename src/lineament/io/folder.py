@@ -51,7 +51,7 @@ def building_folder(out: str | Path, *, resume: bool = True, scratch: str | None
         shutil.rmtree(aside, ignore_errors=True)
     with clear_disk_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial):
+    with locked(partial):
         try:
             _tidy(partial, aside, scratch)
             with clear_disk_errors(partial):
@@ -109,7 +109,7 @@ def _remove_if_empty(partial: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against other processes; the system lets go when the process ends, however it ends."""
     try:
         import fcntl
