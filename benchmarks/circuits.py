@@ -9,6 +9,8 @@ place, method and batch, and the same command goes on after them; another comman
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -31,11 +33,12 @@ BATCH, ROWS, DRAWS = 24, 48, 2000
 
 
 def batches(encoded: Encoded, chosen: Sequence[int]) -> list[list[int]]:
-    """Return prompts in batches of one length, so that no place stands behind a prompt's end."""
+    """Return prompts in batches of one length, lengths in turns: no place stands behind a prompt's end."""
     lengths: dict[int, list[int]] = {}
     for row in chosen:
         lengths.setdefault(int(encoded.last[row]), []).append(row)
-    return [rows[i : i + BATCH] for rows in lengths.values() for i in range(0, len(rows), BATCH)]
+    parts = [(at, rows[at : at + BATCH]) for rows in lengths.values() for at in range(0, len(rows), BATCH)]
+    return [rows for _, rows in sorted(parts, key=lambda part: part[0])]
 
 
 def scores(model: Any, encoded: Encoded, rows: list[int], kind: str, method: str, **options: Any) -> dict[str, Tensor]:
@@ -48,13 +51,13 @@ def scores(model: Any, encoded: Encoded, rows: list[int], kind: str, method: str
     return {"scores": torch.cat([x.flatten(1) for x in found.scores.values()], 1), "seconds": seconds}
 
 
-def sums(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    """Return, for each prompt, what a correlation is made of [B, 6]."""
+def sums(x: Mapping[int, Tensor], y: Mapping[int, Tensor]) -> Tensor:
+    """Return, for each prompt of x, what its correlation with y is made of [B, 6]."""
     rows = []
-    for a, b in zip(x, y, strict=True):
-        a, b = a.double(), b.double()
-        rows.append(torch.stack([torch.ones_like(a), a, b, a * a, b * b, a * b]).sum(-1).T)
-    return torch.cat(rows)
+    for prompt, a in x.items():
+        a, b = a.double(), y[prompt].double()
+        rows.append(torch.stack([torch.ones_like(a), a, b, a * a, b * b, a * b]).sum(-1))
+    return torch.stack(rows)
 
 
 def pearson(found: Tensor) -> Tensor:
@@ -63,28 +66,32 @@ def pearson(found: Tensor) -> Tensor:
     return (n * xy - x * y) / ((n * xx - x * x) * (n * yy - y * y)).sqrt()
 
 
-def row_of(kind: str, found: Mapping[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
-    """Return a kind's correlations with patching by method, and CPU seconds."""
-    truth = [each["scores"] for each in found["patch"]]
-    first = {"places": kind, "prompts": sum(map(len, truth)), "scores": sum(x.numel() for x in truth)}
-    made = {name: sums([each["scores"] for each in found[name]], truth) for name in found if name != "patch"}
-    row = first | {name: float(pearson(x.sum(0))) for name, x in made.items()}
+def row_of(
+    kind: str, found: Mapping[str, dict[int, Tensor]], seconds: Mapping[tuple[str, str], float]
+) -> dict[str, Any]:
+    """Return a kind's correlations with patching by method, and CPU seconds a prompt."""
+    truth = found["patch"]
+    row: dict[str, Any] = {"places": kind, "prompts": len(truth), "scores": sum(x.numel() for x in truth.values())}
+    made = {name: sums(x, truth) for name, x in found.items() if name != "patch"}
+    for name, x in made.items():
+        row |= {name: float(pearson(x.sum(0)))} | ({f"{name}, prompts": len(x)} if len(x) < len(truth) else {})
     if {"relp", "attribution"} <= set(made):
-        draw = torch.randint(first["prompts"], (DRAWS, first["prompts"]), generator=generator(0))
+        draw = torch.randint(len(truth), (DRAWS, len(truth)), generator=generator(0))
         leads = pearson(made["relp"][draw].sum(1)) - pearson(made["attribution"][draw].sum(1))
         low, high = leads.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         row |= {"relp ahead by": row["relp"] - row["attribution"], "low": low, "high": high}
-    return row | {f"{name}, CPU s": float(sum(each["seconds"] for each in several)) for name, several in found.items()}
+    return row | {f"{name}, CPU s a prompt": seconds[kind, name] / len(x) for name, x in found.items()}
 
 
 def main() -> None:
-    """Print the share of prompts solved, then a row per kind of place as it is found."""
+    """Print the share of prompts solved, what is found batch by batch, and a row per kind of place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--task", default="ioi", choices=list(TASKS))
     parser.add_argument("--asked", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--head-prompts", type=int, default=20)
+    parser.add_argument("--path-prompts", type=int, help="the first so many for integrated gradients; all if left out")
     parser.add_argument("--steps", type=int, default=10, help="of integrated gradients")
     parser.add_argument("--kinds", nargs="*", default=["residual", "mlp", "head", "attention"])
     parser.add_argument("--methods", nargs="*", default=["attribution", "relp", "integrated-gradients"])
@@ -106,23 +113,27 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "model": given.model, "task": given.task, **share, "rows": []}
     print(json.dumps(share), flush=True)
     options = {"steps": given.steps, "positions": given.positions}
-    for kind in given.kinds:
-        chosen = [row for row, solves in enumerate(right) if solves]
-        chosen = chosen[: given.head_prompts if kind == "head" else given.prompts]
-        found: dict[str, list[dict[str, Tensor]]] = {}
-        for method in ("patch", *given.methods):
-            for rows in batches(encoded, chosen):
-                asked = json.dumps(
-                    [given.model, given.task, given.asked, rows, options if "grad" in method else given.positions]
-                )
-                name = f"{kind}-{method}-{io.digest_of(torch.tensor(list(asked.encode())))[:12]}"
-                made = parts.tensors(name, lambda r=rows, m=method, k=kind: scores(model, encoded, r, k, m, **options))
-                found.setdefault(method, []).append(made)
-            print(f"{kind}: {method}", flush=True)
-        result["rows"].append(row_of(kind, found))
-        print(json.dumps(result["rows"][-1]), flush=True)
+    solves = [row for row, yes in enumerate(right) if yes][: given.prompts]
+    found: dict[str, dict[str, dict[int, Tensor]]] = {kind: {} for kind in given.kinds}
+    seconds: dict[tuple[str, str], float] = {}
+    for several in batches(encoded, solves):
+        for kind, method in itertools.product(given.kinds, ("patch", *given.methods)):
+            path = method == "integrated-gradients"
+            most = given.head_prompts if kind == "head" else given.path_prompts if path else None
+            rows = [row for row in several if row in solves[:most]]
+            if not rows:
+                continue
+            about = [given.model, given.task, given.asked, options if path else given.positions, rows]
+            name = f"{kind}-{method}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}"
+            made = parts.tensors(name, lambda r=rows, m=method, k=kind: scores(model, encoded, r, k, m, **options))
+            found[kind].setdefault(method, {}).update(zip(rows, made["scores"], strict=True))
+            seconds[kind, method] = seconds.get((kind, method), 0.0) + float(made["seconds"])
+            print(f"{kind}: {method} of {len(found[kind][method])} prompts, {seconds[kind, method]:.1f} s", flush=True)
+        result["rows"] = [row_of(kind, found[kind], seconds) for kind in given.kinds if found[kind]]
         if given.json:
             io.write_json(given.json, result, indent=1)
+    for row in result["rows"]:
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

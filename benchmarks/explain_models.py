@@ -71,6 +71,15 @@ def language_model(layers: int = 4, width: int = 64, length: int = 32) -> tuple[
     return model, torch.randint(0, 1000, (1, length))
 
 
+def saved_model(folder: str, length: int) -> tuple[nn.Module, Tensor]:
+    """Return a Llama from a folder, with token numbers."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder).float().eval()
+    torch.manual_seed(1)
+    return model, torch.randint(0, 40_000, (1, length))
+
+
 def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
     """Return the smallest CPU time of a few runs, after one to warm up."""
     run()

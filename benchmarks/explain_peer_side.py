@@ -1,6 +1,6 @@
 """What peers say, in a process and an environment of their own: no line of lineament is imported here.
 
-python benchmarks/explain_peer_side.py zennit|captum|lxt OUT.pt [LAYERS WIDTH LENGTH ...]
+python benchmarks/explain_peer_side.py zennit|captum|lxt OUT.pt [LAYERS WIDTH LENGTH | FOLDER LENGTH]
 """
 
 import sys
@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import torch
 
-from explain_models import Sum, image_model, language_model, seconds
+from explain_models import Sum, image_model, language_model, saved_model, seconds
 
 
 def without_torchvision() -> None:
@@ -77,14 +77,15 @@ def captum() -> dict[str, Any]:
     }
 
 
-def lxt(*shape: int) -> dict[str, Any]:
+def lxt(*shape: int | str) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama as llama
 
     without_torchvision()
     from lxt.efficient import monkey_patch
 
     monkey_patch(llama, verbose=False)
-    model, ids = language_model(*shape)
+    named = isinstance(shape[0], str)
+    model, ids = saved_model(*shape) if named else language_model(*shape)  # type: ignore[arg-type]
     model.requires_grad_(False)
 
     def run() -> torch.Tensor:
@@ -92,10 +93,12 @@ def lxt(*shape: int) -> dict[str, Any]:
         model(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits[0, -1].max().backward()
         return (x.grad * x).sum(-1).detach()
 
-    return {"relevance": run(), "seconds": seconds(run)}
+    return {"relevance": run(), "seconds": seconds(run, 1 if named else 3)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     peer, out, *rest = sys.argv[1:]
-    torch.save({"zennit": zennit, "captum": captum, "lxt": lxt}[peer](*map(int, rest)), out)
+    torch.save(
+        {"zennit": zennit, "captum": captum, "lxt": lxt}[peer](*(int(x) if x.isdigit() else x for x in rest)), out
+    )

@@ -6,24 +6,28 @@ python -m benchmarks explain_peers --peers peers/bin/python
 
 import argparse
 import json
+import resource
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from explain_models import COMPOSITES, image_model, language_model, seconds
+from explain_models import COMPOSITES, image_model, language_model, saved_model, seconds
 from lineament import explain
 from lineament.explain.relevance import propagate
 from lineament.explain.rules import ATTNLRP
+from lineament.models import find_model
 from lineament.report import machine, versions
 
 HERE = Path(__file__).parent
-SIZES = ((4, 64, 32), (4, 256, 512), (8, 256, 512))
-"""Layers, width, tokens of the language model."""
+SIZES = ((4, 64, 32), (4, 256, 512), (8, 256, 512), (16, 256, 512))
+"""Layers, width, tokens of the random language models; the embedded one comes after them."""
+KINDS = ("coefficients", "with ledger", "forward + backward")
 
 
 def peer(python: str, *arguments: str) -> Any:
@@ -65,33 +69,62 @@ def images(python: str) -> list[dict[str, Any]]:
     return rows
 
 
-def language(python: str, sizes: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """Compare with LXT's AttnLRP, and time both: coefficients, with the ledger, and a forward and backward pass."""
+def kinds_of_run(model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Return what is timed: coefficients alone, relevances with their ledger, a forward and backward pass."""
+
+    def step() -> None:
+        model(**inputs, use_cache=False).logits[0, -1].max().backward()
+        model.zero_grad()
+
+    return {
+        "coefficients": lambda: propagate(model, inputs, target=None, rules=ATTNLRP, counting=False),
+        "with ledger": lambda: explain.relevance(model, inputs, rules="attnlrp"),
+        "forward + backward": step,
+    }
+
+
+def language(python: str, sizes: Sequence[tuple[Any, ...]], repeats: int) -> list[dict[str, Any]]:
+    """Compare with LXT's AttnLRP, and time both in turns, each in processes of its own on the same tensors."""
     rows: list[dict[str, Any]] = []
     for size in sizes:
-        model, ids = language_model(*size)
-        inputs = {"input_ids": ids, "logits_to_keep": 1}
-
-        def step(model: Any = model, inputs: Any = inputs) -> None:
-            model(**inputs, use_cache=False).logits[0, -1].max().backward()
-            model.zero_grad()
-
-        def lean(model: Any = model, inputs: Any = inputs) -> None:
-            propagate(model, inputs, target=None, rules=ATTNLRP, counting=False)
-
-        before, theirs = seconds(lean), peer(python, "lxt", *map(str, size))
-        after = seconds(lean)
+        made = saved_model(*size) if isinstance(size[0], str) else language_model(*size)
+        model, inputs = made[0], {"input_ids": made[1], "logits_to_keep": 1}
         ours = explain.relevance(model, inputs, rules="attnlrp").inputs["input_ids"]
-        full = seconds(lambda model=model, inputs=inputs: explain.relevance(model, inputs, rules="attnlrp"))
-        rows.append(
-            {
-                "layers": size[0], "width": size[1], "tokens": size[2],
-                "difference to LXT": away(ours, theirs["relevance"]) if isinstance(theirs, dict) else theirs,
-                "LXT, s": theirs["seconds"] if isinstance(theirs, dict) else None,
-                "coefficients, s": min(before, after), "with ledger, s": full, "forward + backward, s": seconds(step),
-            }
-        )  # fmt: skip
+        about = {
+            "layers": model.config.num_hidden_layers,
+            "width": model.config.hidden_size,
+            "tokens": made[1].shape[1],
+        }
+        del model
+        seconds: dict[str, list[float]] = {}
+        memory: dict[str, float] = {}
+        for _ in range(repeats):
+            theirs = peer(python, "lxt", *map(str, size))
+            if isinstance(theirs, dict):
+                seconds.setdefault("LXT", []).append(theirs["seconds"])
+            for kind in KINDS:
+                command = [sys.executable, __file__, "--side", kind, *map(str, size)]
+                found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                seconds.setdefault(kind, []).append(found["seconds"])
+                memory[kind] = found["memory_gb"]
+        row = about | {"difference to LXT": away(ours, theirs["relevance"]) if isinstance(theirs, dict) else theirs}
+        row |= {f"{kind}, s": min(several) for kind, several in seconds.items()}
+        rows.append(row | {f"{kind}, GB": several for kind, several in memory.items()})
+        print(rows[-1], flush=True)
     return rows
+
+
+def side(kind: str, size: Sequence[Any]) -> None:
+    """Print CPU seconds of one kind of run, and the peak memory of the process above that of the loaded model."""
+    made = saved_model(*size) if isinstance(size[0], str) else language_model(*size)
+    before = peak_gb()
+    work = kinds_of_run(made[0], {"input_ids": made[1], "logits_to_keep": 1})[kind]
+    found = seconds(work, 1 if isinstance(size[0], str) else 3)
+    print(json.dumps({"seconds": found, "memory_gb": peak_gb() - before}))
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def main() -> None:
@@ -99,15 +132,26 @@ def main() -> None:
     parser.add_argument("--peers", help="an interpreter with zennit, captum and LXT")
     parser.add_argument("--quick", action="store_true", help="the smallest language model only")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "explain-peers.json")
+    parser.add_argument("--repeats", type=int, default=2, help="turns of each peer and each of ours")
+    parser.add_argument("--only", choices=["equality", "language"], help="leave the other half of --json as it is")
+    parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.side:
+        side(given.side[0], [int(x) if x.isdigit() else x for x in given.side[1:]])
+        return
     if not given.peers:
         print("explain_peers: no --peers (an interpreter with zennit, captum and LXT) given; nothing to compare with")
         return
-    torch.set_num_threads(1)
-    found = {"equality": images(given.peers), "language": language(given.peers, SIZES[: 1 if given.quick else None]),
-             "versions": versions(), "machine": machine()}  # fmt: skip
+    sizes = [*SIZES, (str(find_model("smollm2")), 512)]
+    found = json.loads(given.json.read_text()) if given.only else {}
+    if given.only != "language":
+        found["equality"] = images(given.peers)
+    if given.only != "equality":
+        found["language"] = language(given.peers, sizes[: 1 if given.quick else None], given.repeats)
+    found |= {"versions": versions(), "machine": machine()}
     given.json.write_text(json.dumps(found, indent=2, default=str) + "\n")
-    for row in [*found["equality"], *found["language"]]:
+    for row in found["equality"]:
         print(row)
 
 

@@ -61,10 +61,12 @@ def measured(model: nn.Module, ids: Tensor, seed: int) -> list[dict[str, float]]
     with torch.no_grad():
         target = answering(x).argmax(-1)
     rows: list[dict[str, float]] = [{} for _ in ids]
+    ends = None
     for method in METHODS:
         order = order_of(method, model, ids, seed)
         spread = order[..., None].expand(x.shape)  # all of a token's coordinates go at once
-        most, least = explain.flip_curves(answering, x, spread, target=target, steps=STEPS)
+        curves = explain.flip_curves(answering, x, spread, target=target, steps=STEPS, ends=ends)
+        ends, (most, least) = curves[0, [0, -1]], curves
         for row, curves in zip(rows, zip(most.T.tolist(), least.T.tolist(), strict=True), strict=True):
             row[method] = explain.abpc(*curves)
     return rows

@@ -60,6 +60,8 @@ def test_measures_tell_a_good_explanation_from_a_bad_one():
     most, least = explain.flipping(model, inputs, order)
     assert most[0] == pytest.approx(found.value.mean().item())
     curves = explain.flip_curves(model, inputs, order)
+    known = explain.flip_curves(model, inputs, order, ends=curves[0, [0, -1]])
+    torch.testing.assert_close(known, curves, rtol=0, atol=0)
     assert curves.shape == (2, 17, len(order))
     assert curves[1].mean(1).tolist() == least
     assert explain.abpc(most, least) > 0

@@ -94,9 +94,12 @@ def flipping(
 
 def flip_curves(
     model: nn.Module, inputs: Mapping[str, Any] | Tensor, order: Tensor, *, target: Target = None, steps: int = 16,
-    baseline: Any = 0.0,
+    baseline: Any = 0.0, ends: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return what `flipping` averages, [2, steps + 1, B]: a curve per row, for intervals over rows."""
+    """Return what `flipping` averages, [2, steps + 1, B]: a curve per row, for intervals over rows.
+
+    All orders begin and end alike: curves of one give the `ends` [2, B] of the next, `curves[0, [0, -1]]`.
+    """
     at = points(model, named(model, inputs), target)
     if len(at.values) != 1:
         raise InputError(f"flipping takes one input; the model has {', '.join(at.values)}")
@@ -104,16 +107,18 @@ def flip_curves(
     nothing = torch.as_tensor(baseline).to(x).expand_as(x)
     flat = order.flatten(1)
     curves = []
+
+    def score(rank: Tensor, step: int) -> Tensor:
+        gone = rank < round(step * flat.shape[1] / steps)
+        gone = gone[:, None] if x.dim() == 4 and gone.dim() == 3 else gone
+        gone = gone[..., None] if name in at.tokens else gone
+        return at.score({name: torch.where(gone, nothing, x)})
+
     with torch.no_grad():
         for descending in (True, False):
             rank = flat.argsort(dim=1, descending=descending, stable=True).argsort(dim=1).reshape(order.shape)
-            curve = list(curves[0][:1]) if curves else []  # nothing gone, all gone: the same in both orders
-            for step in range(len(curve), steps + 1 - bool(curves)):
-                gone = rank < round(step * flat.shape[1] / steps)
-                gone = gone[:, None] if x.dim() == 4 and gone.dim() == 3 else gone
-                gone = gone[..., None] if name in at.tokens else gone
-                curve.append(at.score({name: torch.where(gone, nothing, x)}))
-            curves.append(torch.stack([*curve, *curves[0][-1:]] if curves else curve))
+            ends = torch.stack([score(rank, step) for step in (0, steps)]) if ends is None else ends
+            curves.append(torch.stack([ends[0], *(score(rank, step) for step in range(1, steps)), ends[1]]))
     return torch.stack(curves)
 
 

@@ -166,13 +166,13 @@ def skip_effects(
     if part != "layer" and (found.attention is None or attention is None):
         raise InputError(f"leaving out the {part} needs the names of the attention modules")
     skipped, measured = _cut(found, until)
-    clean, p = found.written, found.logits.float().softmax(-1)[measured]
+    clean, p = found.written, found.logits[measured].float().softmax(-1)
     size = [clean[:, measured].float().norm(dim=-1), torch.zeros(len(layers), len(layers), len(p))]
     relative, absolute, output = size[1], size[1].clone(), torch.zeros(len(layers), len(p))
     for s in range(len(layers)):
         with torch.no_grad(), capture(model, _any(layers[s + 1 :] or layers[-1:]), inputs=True, clone=True) as seen:
             logits = _without(model, layers, batch, found, s, skipped, part, attention)
-        output[s] = (logits.float().softmax(-1)[measured] - p).norm(dim=-1)
+        output[s] = (logits[measured].float().softmax(-1) - p).norm(dim=-1)
         for at in range(s + 1, len(layers)):
             (args, kwargs), after = seen.inputs(layers[at])[-1], _tensor(seen.outputs(layers[at])[-1])
             change = (after - hidden_of(args, kwargs) - clean[at])[measured].float().norm(dim=-1)
