@@ -190,11 +190,9 @@ def circuit(
         ablation: what is outside is set to: "resample" (the corrupt run), "mean" over rows, "zero".
         size: how many to keep before dead ends are dropped; if None, the smallest size of the curve that is as
             faithful as wanted.
-        faithful: what is wanted.
-        shares: sizes of the curve, as shares of all edges or nodes.
+        faithful: what is wanted. shares: sizes of the curve, as shares of all edges or nodes.
         steps: of integrated gradients. rows: of a pass.
-        said: called with (what, done, all).
-        parts: where scores by batch and the curve by size are kept.
+        said: called with (what, done, all). parts: where scores by batch and the curve by size are kept.
 
     Raises:
         InputError: prompts of unequal shapes, an unknown level, method or ablation, a size out of range, or a task that

@@ -141,12 +141,10 @@ def circuit_of(
         task: "ioi", "greater-than", or a task file (`tasks.prompt_pairs.read_pairs`).
         prompts: how many pairs a generator gives. seed: of its draws.
         held_out: the share of solved prompts that the circuit is only evaluated on.
-        compare: kinds of places of `effects.KINDS` to compare estimates with patching on.
-        compare_prompts: how many prompts for that.
+        compare: kinds of places of `effects.KINDS` to compare estimates with patching on. compare_prompts: on how many.
         rows, faithful, options: of `circuit`; 24 short prompts a sweep take about 2 GB at 135M.
         said: called with (what, done, all).
-        work: a folder for what is finished, so that the same call goes on after a kill; it is gone in the end. None
-            keeps nothing.
+        work: a folder for what is finished, where the same call goes on after a kill; gone in the end, None keeps none.
 
     Raises:
         InputError: no such task or model, prompts that can't be paired, fewer than two that the model solves, or a
@@ -159,9 +157,9 @@ def circuit_of(
     if pairs is None:
         pairs = TASKS[task](prompts, seed=seed, fits=lambda word: _single(tokenizer, word))
     encoded = encode(tokenizer, pairs)
-    asked = {"model": io.stamp(find_model(model)), "rows": rows, "faithful": faithful, "held out": held_out, **options}
-    prompted = io.digest_of(encoded.clean, encoded.corrupt, encoded.answer, encoded.distractor, encoded.last)
-    asked |= {"prompts": prompted, "compare": list(compare), "compare prompts": compare_prompts}
+    how = {"faithful": faithful, "rows": rows, **options}
+    asked = {"model": io.stamp(find_model(model)), "prompts": io.digest_of(*vars(encoded).values()), **how}
+    asked |= {"held out": held_out, "compare": list(compare), "compare prompts": compare_prompts}
     with io.kept_parts(work, asked) as parts:
         right, first = (
             torch.tensor(x) for x in parts.value("solved", lambda: [x.tolist() for x in solved(net, encoded)])
@@ -172,8 +170,7 @@ def circuit_of(
                 f"{model} solves {len(chosen)} of {len(pairs)} prompts of {task}; there is nothing to explain"
             )
         count = max(1, round(len(chosen) * (1 - held_out)))
-        given = batch(encoded.rows(chosen[:count]))
-        found = circuit(net, *given, faithful=faithful, rows=rows, said=said, parts=parts, **options)
+        found = circuit(net, *batch(encoded.rows(chosen[:count])), said=said, parts=parts, **how)
         others = batch(encoded.rows(chosen[count:])) if chosen[count:] else None
         judged = others and parts.value("held out", lambda: evaluate_circuit(net, *others, found, rows=rows))
         beside = compared(net, encoded.rows(chosen[:compare_prompts]), compare, said, parts) if compare else []

@@ -43,7 +43,7 @@ class Restart:
         start, whole = self.starts[site]
         inputs = _repeated(self.inputs, copies)
         if since:
-            past = [[x[:, :, :since].repeat(copies, 1, 1, 1) for x in pair] for pair in self.past]
+            past = [tuple(x[:, :, :since].repeat(copies, 1, 1, 1) for x in pair) for pair in self.past]
             inputs = {"input_ids": inputs["input_ids"][:, since:], "logits_to_keep": inputs["logits_to_keep"] - since,
                       "past_key_values": DynamicCache(past), "use_cache": True}  # fmt: skip
         if not start:
@@ -92,7 +92,7 @@ def _past(model: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[Tensor, Ten
         cache = getattr(model(**inputs, use_cache=True), "past_key_values", None)
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return []
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    pairs: list[Any] = [(layer.keys, layer.values) for layer in cache.layers]
     return [] if any(x is None for pair in pairs for x in pair) else pairs
 
 
