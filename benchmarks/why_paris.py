@@ -90,10 +90,10 @@ def explained(model: Any, placed: list[Any], windows: Tensor) -> dict[str, float
 def features(model: Any, ids: Tensor, given: Any, placed: list[Any], target: int, asked: argparse.Namespace) -> Any:
     """Return the attribution graph of the answer, and the features that tell the country from others."""
     began = time.process_time()
-    graph = explain.attribute(model, ids, placed, targets=[target], most_features=asked.features)
+    graph = explain.attribute(model, ids, placed, targets=[target], most_features=asked.features, keep_nodes=0.95)
     traced = time.process_time() - began
     clean, corrupt, metric = given
-    circuit = explain.feature_circuit(model, clean, corrupt, metric, placed, faithful=0.85)
+    circuit = explain.feature_circuit(model, clean, corrupt, metric, placed, faithful=float("inf"))  # half of all
     return graph, circuit, {"graph": traced, "circuit": time.process_time() - began - traced}
 
 
@@ -149,10 +149,12 @@ def told(name: str, asked: argparse.Namespace, folders: list[Path], windows: Ten
     story |= {"ends": graph.ends, "active": graph.active, "expanded": graph.expanded, "seconds": seconds}
     story["circuit"] = {
         "size": len(circuit.parts), "of": circuit.total, "faithfulness": circuit.faithfulness, "whole": circuit.whole,
-        "nothing": circuit.nothing, "parts": dict(list(circuit.parts.items())[:24]),
+        "nothing": circuit.nothing, "parts": dict(list(circuit.parts.items())[:60]),
     }  # fmt: skip
     report = GraphReport(model=name, graph=graph, words=words, answers={target: f" {CAPITAL}"})
     story["nodes"] = report.rows(24)
+    named = [row["node"].partition("@")[0] for row in report.rows(len(graph.nodes))]
+    story["features of the graph"] = [name for name in dict.fromkeys(named) if name.startswith("t")]
     story["explained"] = explained(model, placed, windows)
     print(f"{time.process_time():.0f} s: features of {name}", flush=True)
     return story | {"_report": report, "_model": model, "_tokenizer": tokenizer, "_placed": placed}
@@ -161,9 +163,8 @@ def told(name: str, asked: argparse.Namespace, folders: list[Path], windows: Ten
 def strongest(story: dict[str, Any], each: int) -> list[str]:
     """Return the features that count most, layer by layer: in the graph and for telling countries apart."""
     found: dict[str, None] = {}
-    graph = [row["node"].partition("@")[0] for row in story["nodes"]]
     for layer in LAYERS:
-        for names in (graph, list(story["circuit"]["parts"])):
+        for names in (story["features of the graph"], list(story["circuit"]["parts"])):
             found |= dict.fromkeys([name for name in names if name.startswith(f"t{layer}.")][:each])
     return list(found)
 
@@ -194,7 +195,12 @@ def label_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
     """Write rows as a table."""
-    show = lambda x: "-" if x is None else f"{x:.3f}" if isinstance(x, float) else escape(str(x)).replace("|", "\\|")  # noqa: E731
+
+    def show(x: Any) -> str:
+        if isinstance(x, float):
+            return f"{x:.3f}"
+        return "-" if x is None else escape(str(x), quote=False).replace("|", "\\|")
+
     if not rows:
         return ["None.", ""]
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
@@ -237,8 +243,7 @@ def text(result: dict[str, Any]) -> str:
         lines += [f"### {name}: features", "",
                   f"{story['active']} features are active on the prompt, {story['expanded']} were looked into; "
                   f"influence ends: {ends}. The three layers' MLPs carry {c['whole'] - c['nothing']:.2f} of the "
-                  f"{c['whole']:.2f} logits between Paris and the other capital; {c['size']} of {c['of']} features and "
-                  f"rests that differ do {c['faithfulness']:.0%} of that.", ""]  # fmt: skip
+                  f"{c['whole']:.2f} logits between Paris and the other capital.", ""]  # fmt: skip
     lines += ["### What the features are", "", *markdown(label_rows(result))]
     lines += [f"{result['cpu seconds']:.0f} s of one core ({result['machine']['cpu']})."]
     return "\n".join(lines)
