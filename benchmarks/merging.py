@@ -151,7 +151,14 @@ def _run_task(arguments: argparse.Namespace) -> None:
     import threading
 
     import torch  # noqa: F401 - not part of the time
-    import transformers  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    if arguments.task.endswith("-mergekit"):
+        import mergekit.merge
+        import mergekit.options  # noqa: F401
+    else:
+        import lineament.weights.assemble
+        import lineament.weights.recipe  # noqa: F401
 
     most, done = [0], threading.Event()
 

@@ -84,7 +84,7 @@ def _elected(parts: Sequence[Tensor], weight: Sequence[float], normalize: bool) 
         if normalize:
             divisor.add_(agreed.sign_(), alpha=w)
     mixed.mul_(sign)
-    return mixed.div_(divisor.masked_fill_(divisor == 0, 1)) if normalize else mixed
+    return mixed.div_(torch.where(divisor == 0, 1.0, divisor)) if normalize else mixed
 
 
 def _trimmed(
