@@ -18,11 +18,12 @@ WORK = HERE / "students"  # not kept in the repository
 SCRIPTS: dict[str, tuple[str, ...]] = {  # what makes a run of each small
     **dict.fromkeys(
         ("ops", "steps", "students", "decoders", "recipes", "other_weights", "merging", "matching", "masked",
-         "circuits", "shallow", "explain_peers", "transcoders", "why_paris"), ("--quick",),
+         "circuits", "shallow", "explain_peers", "transcoders", "why_paris", "barriers"), ("--quick",),
     ),
     "faithfulness": ("--texts", "2"), "merging_story": ("--steps", "2", "--windows", "1"),
+    "composing": ("--steps", "2", "--windows", "1", "--fits", "1"),
 }  # fmt: skip
-ALWAYS = {"merging_story": ("--out", str(WORK / "merging-story"))}
+ALWAYS = {name: ("--out", str(WORK / name.replace("_", "-"))) for name in ("merging_story", "barriers", "composing")}
 
 
 def about(name: str) -> str:

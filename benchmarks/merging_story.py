@@ -44,15 +44,15 @@ def batches(tokenizer: Any, names: list[str], asked: argparse.Namespace) -> Any:
     return lambda step: torch.cat([draw(step)["input_ids"] for draw in draws])
 
 
-def adapter(model: nn.Module, tokenizer: Any, kinds: list[str], folder: Path, asked: argparse.Namespace) -> Path:
-    """Train a LoRA on some kinds of text and save it; the model is as it was afterwards."""
+def adapter(model: nn.Module, tokenizer: Any, names: list[str], folder: Path, asked: argparse.Namespace) -> Path:
+    """Train a LoRA on some texts and save it; the model is as it was afterwards."""
     if folder.is_dir():
         return folder
     print(f"{time.process_time():.0f} s", folder.name, flush=True)
     torch.manual_seed(asked.seed)
     net = get_peft_model(model, LoraConfig(**LORA)).train()
     config = train.FitConfig(steps=asked.steps, lr=asked.lr, warmup=asked.steps // 10, seed=asked.seed)
-    draw = batches(tokenizer, [KINDS[kind] for kind in kinds], asked)
+    draw = batches(tokenizer, names, asked)
     train.fit(net, draw, tasks.next_token_loss, config, out=f"{folder}.run", description=folder.name)
     with io.building_folder(folder) as partial:
         net.save_pretrained(str(partial), save_embedding_layers=False)
@@ -151,8 +151,8 @@ def main() -> None:
         kind: data.windows(texts(name, "test"), tokenizer, asked.length, max_tokens=asked.windows * asked.length)
         for kind, name in KINDS.items()
     }
-    wanted = {**{kind: [kind] for kind in KINDS}, "joint": list(KINDS)}
-    folders = {name: adapter(model, tokenizer, kinds, asked.out / name, asked) for name, kinds in wanted.items()}
+    wanted = {**{kind: [name] for kind, name in KINDS.items()}, "joint": list(KINDS.values())}
+    folders = {name: adapter(model, tokenizer, names, asked.out / name, asked) for name, names in wanted.items()}
     base = weights.Point.open(asked.model)
     points = models(base, folders)
     angle = (points["cloud"] - base).angle(points["python"] - base)

@@ -21,6 +21,7 @@ from lineament.graph import AxisClass, Cut
 from lineament.weights.blocks import Place, block, places
 from lineament.weights.elements import Permutation, Trees, classes_in
 from lineament.weights.geometry import dot_product
+from lineament.weights.paired import Paired
 
 ROUNDS, SWEEPS, GAIN = 8, 100, 1e-12
 ROUNDING = 1e-5  # a gain below this share of the largest costs may be rounding and is measured in float64
@@ -36,7 +37,6 @@ class Ascent:
     ) -> None:  # fmt: skip
         self.classes, self.trees, self.a = classes, {name: trees[name] for name in trees if name in a}, dict(a)
         self.total = start or Permutation(classes, self.trees, {})
-        self.b = {name: self.total.act(name, b[name]) if start else b[name] for name in self.trees}
         held = {name: {c for tree in tree_s for c in classes_in(tree)} for name, tree_s in self.trees.items()}
         self.free = [c for c, cls in enumerate(classes) if not cls.frozen and any(c in of for of in held.values())]
         self.names = {c: [name for name in self.trees if c in held[name]] for c in self.free}
@@ -49,33 +49,26 @@ class Ascent:
         # of these one assignment problem tells the gain exactly: nothing depends on them, and they stand once a tensor
         self.plain = {c for c in self.units if not (self.dependents[c] or classes[c].outer) and self._stands_once(c)}
         self.near = {c: self._touched(c, held) for c in self.units}
-        # name -> the classes of its first and last dimension
-        self.direct: dict[str, tuple[int | None, int | None]] = {}
-        for name in self.trees:
-            self._lay_out(name)
+        whole = {name: at for name in self.trees if (at := self._whole(name))}
+        self.paired = Paired(whole, self.a, b)
+        # the other tensors of B, which are moved along
+        self.b = {name: self.total.act(name, b[name]) if start else b[name] for name in self.trees if name not in whole}
         self.waiting = set(self.units)  # units whose tensors moved since they were visited; others have nothing to gain
         self.values: dict[str, float] = {}
 
     def _stands_once(self, cls: int) -> bool:
         return all(len(self.places[name, cls]) == 1 for name in self.names[cls])
 
-    def _lay_out(self, name: str) -> None:
-        """Keep a tensor in which one or two plain classes fill dimensions as [first, everything else, last].
-
-        Seen along either of the two it is a matrix then, and no cost needs a copy.
-        """
+    def _whole(self, name: str) -> dict[int, int]:
+        """Return class -> dimension for a tensor in which one or two plain classes, and no others, fill dimensions."""
         held = self.held[name]
-        at = {self.places[name, c][0].dim: c for c in held if c in self.plain}
-        whole = all(len(self.trees[name][d]) == 1 and not isinstance(self.trees[name][d][0], Cut) for d in at)
-        if not 1 <= len(held) <= 2 or len(at) < len(held) or not whole:
-            return
-        first, last, end = min(at), max(at), len(self.trees[name]) - 1
-        if len(at) == 1:  # one class may stay where it is at either end
-            first, last = (-1, end) if 0 < end == last else (first, -1)
-        order = [first, *(d for d in range(end + 1) if d not in (first, last)), last]
-        for side in (self.a, self.b):
-            side[name] = side[name].permute([d for d in order if d >= 0]).contiguous()
-        self.direct[name] = at.get(first), at.get(last)
+        if not 1 <= len(held) <= 2 or not held <= self.plain:
+            return {}
+        at = {c: self.places[name, c][0].dim for c in held}
+        filled = all(
+            len(tree) == 1 and not isinstance(tree[0], Cut) for tree in map(self.trees[name].__getitem__, at.values())
+        )
+        return at if filled and len(set(at.values())) == len(at) else {}
 
     def _touched(self, cls: int, held: Mapping[str, set[int]]) -> set[int]:
         """Return the units that a step of one unit changes something for, itself included."""
@@ -85,7 +78,13 @@ class Ascent:
     @property
     def objective(self) -> float:
         """The inner product of A with B as it stands."""
-        return math.fsum(self._value(name) for name in self.trees)
+        return math.fsum([self.paired.value(self.total.perms), *(self._value(name) for name in self.b)])
+
+    @property
+    def equal(self) -> bool:
+        """Whether B stands on A to the bit, so that nothing is left to gain."""
+        loose = all(torch.equal(self.a[name], x) for name, x in self.b.items())
+        return loose and self.paired.equal(self.total.perms)
 
     def _value(self, name: str) -> float:
         if name not in self.values:
@@ -122,29 +121,39 @@ class Ascent:
         whole, sure = len(names) == len(self.names[unit]), always
         if whole:
             self.waiting.discard(unit)
+        loose = [name for name in self.names[unit] if name in self.b]
         if unit in self.plain:
-            best, rise, doubt = _solved(self._cost(unit, self.b, names))
+            best, rise, doubt = _solved(self._plain_cost(unit, names, whole))
             if best is None:
                 return False
             sure, step = sure or rise > doubt, self._step({unit: best})
+            before = self.total.perms.get(unit)  # what `then` comes to where nothing is nested
+            total = self._step({**self.total.perms, unit: best if before is None else before[best]})
         else:
             step = self._improved(unit, self.b, names)
-        moved = {name: self._moved(name, unit, step) for name in self.names[unit]}
+            total = self.total.then(step)
+        moved = {name: step.act(name, self.b[name]) for name in loose}
         if not sure:
-            before = math.fsum(self._value(name) for name in moved)
-            values = {name: dot_product(self.a[name], x) for name, x in moved.items()}
-            if math.fsum(values.values()) <= before + GAIN * abs(before):
+            before = math.fsum([self.paired.value(self.total.perms, unit), *map(self._value, loose)])
+            values = [dot_product(self.a[name], x) for name, x in moved.items()]
+            if math.fsum([self.paired.value(total.perms, unit), *values]) <= before + GAIN * abs(before):
                 return False
         for name in moved:
             self.values.pop(name, None)
         self.b.update(moved)
-        if unit in self.plain:  # what `then` comes to where nothing is nested
-            before, now = self.total.perms.get(unit), step.perms[unit]
-            self.total = self._step({**self.total.perms, unit: now if before is None else before[now]})
-        else:
-            self.total = self.total.then(step)
+        self.total = total
         self.waiting |= self.near[unit] - ({unit} if whole and unit in self.plain else set())
         return True
+
+    def _plain_cost(self, unit: int, names: Collection[str], whole: bool) -> Tensor:
+        """Return a plain unit's costs [n, n] as B stands, seen from some of its tensors."""
+        paired = self.paired.costs(unit, self.total.perms, None if whole else {c for n in names for c in self.held[n]})
+        loose = [name for name in names if name in self.b]
+        if not loose:
+            assert paired is not None
+            return paired
+        cost = self._cost(unit, self.b, loose)
+        return cost if paired is None else cost + paired
 
     def _improved(self, cls: int, b: Mapping[str, Tensor], names: Collection[str]) -> Permutation:
         """Return the best step for a class and its dependents, seen from where B stands."""
@@ -200,27 +209,11 @@ class Ascent:
         """Return [outer sizes ..., n, n]: the inner product of A's position i with B's position j."""
         total: Tensor | None = None
         for name in names:
-            if name in self.direct:
-                pairs = [(self._rows(name, cls, self.a[name]), self._rows(name, cls, b[name]))]
-            else:
-                sides, trees = (self.a[name], b[name]), self.trees[name]
-                pairs = [
-                    tuple(block(x, trees, place, self.classes, cls) for x in sides) for place in self.places[name, cls]
-                ]
-            for x, y in pairs:
+            for place in self.places[name, cls]:
+                x, y = (block(t[name], self.trees[name], place, self.classes, cls) for t in (self.a, b))
                 total = x @ y.mT if total is None else total + x @ y.mT
         assert total is not None
         return total
-
-    def _moved(self, name: str, cls: int, step: Permutation) -> Tensor:
-        x = self.b[name]
-        if name not in self.direct:
-            return step.act(name, x)
-        return x.index_select(0 if cls == self.direct[name][0] else x.dim() - 1, step.perms[cls])
-
-    def _rows(self, name: str, cls: int, x: Tensor) -> Tensor:
-        """Return [n, everything else] of a tensor that was laid out, without a copy."""
-        return x.reshape(len(x), -1) if cls == self.direct[name][0] else x.reshape(-1, x.shape[-1]).mT
 
     def _agreement(self, cls: int, b: Mapping[str, Tensor]) -> Tensor:
         """Return [outer sizes ..., n]: the inner product at each position."""

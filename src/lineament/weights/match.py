@@ -104,7 +104,7 @@ def _best(
     seed: int,
 ) -> Permutation:  # fmt: skip
     """Ascend from several beginnings and keep the best: the first grows from what is anchored."""
-    draw, best = generator(seed), None
+    draw, best, most = generator(seed), None, 0.0
     for restart in range(max(1, restarts)):
         ascent = Ascent(symmetry.classes, trees, a, b)
         if restart == 0:
@@ -113,12 +113,13 @@ def _best(
             order = [ascent.units[i] for i in torch.randperm(len(ascent.units), generator=draw).tolist()]
             if not ascent.sweep(order):
                 break
-        if best is None or ascent.objective > best.objective + GAIN * abs(best.objective):
-            best = ascent
-        if all(torch.equal(x, best.b[name]) for name, x in best.a.items()):
+        reached = ascent.objective
+        if best is None or reached > most + GAIN * abs(most):
+            best, most = ascent.total, reached
+        if ascent.equal:
             break  # nothing is left to gain
     assert best is not None
-    return best.total
+    return best
 
 
 def _many(

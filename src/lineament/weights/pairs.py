@@ -1,4 +1,4 @@
-"""Classifiers trained apart, and the line between two of them: as it is, matched, mended, both."""
+"""Nets trained apart, and the line between two of them: as it is, matched, mended, both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lineament import data, models, train
 from lineament._base.errors import unknown
 from lineament._base.seeds import seeded
 from lineament.weights.alignment import Alignment, alignment
-from lineament.weights.evaluate import prediction_loss
+from lineament.weights.evaluate import Loss, prediction_loss
 from lineament.weights.match import match
 from lineament.weights.path import Path, path
 from lineament.weights.symmetry import Symmetry, symmetry
@@ -67,7 +67,7 @@ def images_in_batches(name: str, rows: int = 300) -> tuple[data.Images, dict[str
 
 @dataclass(frozen=True)
 class Compared:
-    """Two classifiers on one line: the path of each arm, how they lie before and after, and b as matched."""
+    """Two nets on one line: the path of each arm, how they lie before and after, and b as matched."""
 
     paths: Mapping[str, Path]
     before: Alignment
@@ -82,17 +82,20 @@ class Compared:
 
 def compared(
     model: nn.Module, a: Mapping[str, Tensor], b: Mapping[str, Tensor], splits: Mapping[str, Sequence[Any]], *,
-    mend: Sequence[Any], restarts: int = 3, seed: int = 0, points: int = 11,
+    mend: Sequence[Any], restarts: int = 3, seed: int = 0, points: int = 11, loss: Loss | None = None,
 ) -> Compared:  # fmt: skip
-    """Measure the line between two classifiers before and after matching, with and without REPAIR.
+    """Measure the line between two nets before and after matching, with and without REPAIR.
 
     Args:
-        splits: data set -> batches of (pixels, labels); the first gives the barrier.
+        splits: data set -> batches, of (pixels, labels) or as `loss` takes them; the first gives the barrier.
         mend: batches of training data for REPAIR (batch-norm nets: for their statistics).
+        loss: (model, batch) -> (scalar, numbers); cross entropy and accuracy if None.
     """
-    example = splits[next(iter(splits))][0][0][:2]
-    group = symmetry(model, example)
+    first = splits[next(iter(splits))][0]
+    group = symmetry(model, (first if isinstance(first, Tensor) else first[0])[:2])
     moved = match([a, b], group, restarts=restarts, seed=seed)[1].apply(dict(b))
     ends = {"before": (b, None), "matched": (moved, None), "repaired": (b, mend), "matched and repaired": (moved, mend)}
-    paths = {arm: path(model, a, end, splits, points=points, reset=reset) for arm, (end, reset) in ends.items()}
+    paths = {
+        arm: path(model, a, end, splits, points=points, reset=reset, loss=loss) for arm, (end, reset) in ends.items()
+    }
     return Compared(paths, alignment(a, b), alignment(a, moved), moved, group)

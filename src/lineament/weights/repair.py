@@ -77,16 +77,13 @@ def repair(
         The state dict of the merged net.
 
     Raises:
-        InputError: a layer of a net without batch norm has no bias.
+        InputError: a layer but the last of a net without batch norm has no bias.
     """
     batches = list(batches)
     merged = copy.deepcopy(model).eval()
     merged.load_state_dict(between([a, b], [1 - t, t]))
     if any(isinstance(module, NORMS) for module in model.modules()):
         return reset_batch_norm(merged, batches).state_dict()
-    bare = [n for n, layer in model.named_modules() if isinstance(layer, LAYERS) and layer.bias is None]
-    if bare:
-        raise InputError(f"REPAIR moves biases, and the layer {bare[0]} has none")
     ends = []
     for state in (a, b):
         end = copy.deepcopy(model).eval()
@@ -96,6 +93,9 @@ def repair(
         name: ((1 - t) * ends[0][name][0] + t * ends[1][name][0], (1 - t) * ends[0][name][1] + t * ends[1][name][1])
         for name in list(ends[0])[:-1]
     }
+    bare = [name for name in wanted if getattr(model.get_submodule(name), "bias", None) is None]
+    if bare:
+        raise InputError(f"REPAIR moves biases, and the layer {bare[0]} has none")
     found = _statistics(merged, batches, wanted)
     with torch.no_grad():
         for name, (mean, deviation) in wanted.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lineament import train
 from lineament._base.errors import InputError
-from lineament.weights.ascent import GAIN, SWEEPS, Ascent
+from lineament.weights.ascent import SWEEPS, Ascent
 from lineament.weights.elements import Element, Permutation
 from lineament.weights.evaluate import Bound, Loss, prediction_loss
 from lineament.weights.path import Weights
@@ -49,10 +49,11 @@ def straight_through(
         ascent = Ascent(symmetry.classes, trees, {name: x.detach() for name, x in w.items()}, ends[1], state["at"])
         for _ in range(SWEEPS):
             order = [ascent.units[i] for i in torch.randperm(len(ascent.units), generator=draw).tolist()]
-            if ascent.sweep(order) <= GAIN * abs(ascent.objective):
+            if not ascent.sweep(order):
                 break
         state["at"] = ascent.total
-        m = {name: 0.5 * ends[0][name] + 0.5 * (ascent.b[name] + x - x.detach()) for name, x in w.items()}
+        moved = {name: ascent.total.act(name, x) for name, x in ends[1].items()}
+        m = {name: 0.5 * ends[0][name] + 0.5 * (moved[name] + x - x.detach()) for name, x in w.items()}
         target = Bound(model, {**fixed, **m}) if model is not None else _Graph(symmetry, {**fixed, **m})
         value, numbers = (loss or prediction_loss)(target, batch)
         if float(value) < state["loss"]:
