@@ -217,3 +217,10 @@ def test_a_planted_element_of_smollm2_is_found(noise):
     found = weights.match([a, b], group, restarts=1)[1]
     gap = sum(float((found.act(name, x) - a[name]).double().square().sum()) for name, x in b.items())
     assert gap**0.5 <= 1.02 * added**0.5
+    del a
+    outputs, wide = [], model.double()
+    for moved in (False, True):  # c computes what b computes
+        wide.load_state_dict({name: found.act(name, x) if moved else x for name, x in b.items()}, strict=False)
+        with torch.no_grad():
+            outputs.append(wide(input_ids=torch.arange(1, 17)[None], use_cache=False).logits)
+    assert float((outputs[1] - outputs[0]).abs().max()) <= 1e-6 * float(outputs[0].abs().max())
