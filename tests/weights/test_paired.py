@@ -6,7 +6,8 @@ import torch
 from lineament._base.seeds import generator
 from lineament.weights.paired import Paired
 
-SHAPES = {"a": (5, 4, 3, 3), "b": (4, 5), "bias": (5,), "gain": (5,), "stem": (2, 5, 3), "c": (6, 5, 2), "other": (7, 4)}
+SHAPES = {"a": (5, 4, 3, 3), "b": (4, 5), "bias": (5,), "gain": (5,), "stem": (2, 5, 3), "c": (6, 5, 2),
+          "other": (7, 4)}  # fmt: skip
 HELD = {"a": {0: 0, 1: 1}, "b": {1: 0, 0: 1}, "bias": {0: 0}, "gain": {0: 0}, "stem": {0: 1}, "c": {2: 0, 0: 1},
         "other": {1: 1}}  # fmt: skip
 SIZES = (5, 4, 6)
