@@ -170,6 +170,7 @@ def test_runs_part_where_they_should():
 
 
 def test_stale_statistics_are_seen_and_reset():
+    torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).train()
     draw = generator(0)
     x = torch.randn(128, 1, 2, 2, generator=draw)
