@@ -14,19 +14,19 @@ from lineament.explain.dictionaries.feature_graph import _influence, _largest
 from lineament.explain.dictionaries.hooks import placed
 from lineament.explain.dictionaries.weights import read_directions
 from lineament.explain.places import values_at
-from lineament.models import load_teacher
+from lineament.models import load_teacher, tiny
 
 WORDS = ["?", *(f"w{i}" for i in range(60))]
 
 
-def frozen(family: str, skip: bool = False, length: int = 6):
-    """A tiny model with a transcoder for each of its two layers, of different kinds."""
-    model = make(family, torch.float64)[0]
+def frozen(family: str, skip: bool = False, length: int = 6, model=None):
+    """A tiny model with a transcoder for each of its first two layers, of different kinds."""
+    model = model or make(family, torch.float64)[0]
     kinds = [
         {"activation": "relu", "reads": "blocks.0.ln2.hook_normalized", "writes": "blocks.0.hook_mlp_out"},
         {"k": 3, "reads": "blocks.1.mlp.hook_in", "writes": "blocks.1.hook_mlp_out"},
     ]
-    both = [placed(model, dictionary(32, skip=skip, **kind)) for kind in kinds]
+    both = [placed(model, dictionary(model.config.hidden_size, skip=skip, **kind)) for kind in kinds]
     return model, both, Frozen(model, ids(length, 1), both)
 
 
@@ -48,6 +48,20 @@ def test_everything_written_before_adds_up_to_each_target(family, skip):
                 ]
                 assert all(layer < target.layer and t <= target.position for layer, t in late)
     assert all(not p.grad_fn for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["hedgehog-window", "lightning", "gla", "gated-deltanet", "kda"])
+def test_a_students_graph_adds_up_too(kind):
+    """Patterns of mixers, and of the heads that stayed softmax beside them, are constants as softmax's are."""
+    with InDouble():
+        student = tiny("llama", kind, full_heads=(0,)).double().eval()
+        _, _, at = frozen("llama", length=15, model=student)
+        sources = at.sources()
+        for targets in [*at.features(sources.nodes), at.logits(mass=0.95, most=3, chosen=None)]:
+            wanted = (at.values[targets.place][[n.position for n in targets.nodes]] * targets.directions).sum(1)
+            torch.testing.assert_close(
+                at.edges(targets, sources).sum(1), wanted + targets.offsets, rtol=1e-9, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

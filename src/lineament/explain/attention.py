@@ -55,7 +55,7 @@ def fused(s: "Step") -> None:
     if not s.counting and s.rules.softmax == "propagate" and s.rules.attention != "values" and s.half() is None:
         _native(s)
         return
-    c, (q, k, v) = s.coef(), (s.value(i) for i in range(3))
+    c, (q, k, v) = s.coef(), (s.value(i) if s.edges[i][0] >= 0 else s.operand(i) for i in range(3))
     groups = q.shape[-3] // k.shape[-3]
     k, v = (x.repeat_interleave(groups, -3) if groups > 1 else x for x in (k, v))
     scale = s.argument("scale")

@@ -22,6 +22,7 @@ from lineament.explain.relevance import propagate
 from lineament.explain.rules import RELP_AH, Rules
 from lineament.graph import capture
 from lineament.models import adapter_for
+from lineament.nn import ConvertedHeads
 
 FROZEN = replace(RELP_AH, name="frozen", gate="gradient")
 """Norm scales and attention patterns constant; nothing else of a model's attention is not linear."""
@@ -187,6 +188,7 @@ class Frozen:
         inputs, outputs = targets.place.endswith(":input"), not targets.place.endswith(":input")
         with ExitStack() as stack:
             stack.enter_context(self._constant_mlps())
+            stack.enter_context(self._constant_patterns())
             seen = stack.enter_context(capture(self.model, module, inputs=inputs, outputs=outputs, detach=False))
 
             def read(output: Any) -> Tensor:
@@ -226,7 +228,9 @@ class Frozen:
         silent = replace(FROZEN, operators=stops, unknown="vjp")
         skipping = [layer for layer, each in self.by_layer.items() if each.dictionary.config.skip]
         wheres = {self._module(layer): silent for layer in self.written if layer not in skipping}
-        return replace(FROZEN, where=wheres)
+        mixers = [name for name, module in self.model.named_modules() if isinstance(module, ConvertedHeads)]
+        # (a short convolution runs over keys and values at once, so keys look as if they depended on the model)
+        return replace(FROZEN, where=wheres | dict.fromkeys(mixers, replace(FROZEN, attention="gradient")))
 
     @contextmanager
     def _constant_mlps(self) -> Iterator[None]:
@@ -246,6 +250,24 @@ class Frozen:
                     keep = lambda x, layer=layer: read.update({layer: x}) or x  # noqa: E731
                     hooks.enter_context(replaced(self.model, each.reads, keep))
                     hooks.enter_context(replaced(self.model, each.writes, change(layer, each.dictionary.W_skip)))
+            yield
+
+    @contextmanager
+    def _constant_patterns(self) -> Iterator[None]:
+        """Let what a student's mixers give depend on the values alone; no number changes.
+
+        A softmax layer's pattern is one operator with a rule of its own; a mixer's is made by many.
+        """
+
+        def values_alone(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            q, k, v = args
+            return (q.detach(), k.detach(), v), kwargs | {"x": kwargs["x"].detach()}
+
+        with ExitStack() as hooks:
+            for module in self.model.modules():
+                if isinstance(module, ConvertedHeads):
+                    hook = module.register_forward_pre_hook(values_alone, with_kwargs=True)
+                    hooks.callback(hook.remove)
             yield
 
 
