@@ -39,10 +39,10 @@ class DiagHeads(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
-        part, kept = active(), ()
+        part, halo = active(), ()
         if part is not None:
             cu_seqlens = part.check_call(q.shape[1], cu_seqlens)
-            state, *kept = self._begun(part, k, v, state)
+            state, *halo = self._begun(part, k, v, state)
         C, (B, T) = self.size, q.shape[:2]
         if cu_seqlens is None:
             lengths, most = torch.full((B,), T, device=q.device), (T + (0 if state is None else C - 1) + C - 1) // C
@@ -65,7 +65,7 @@ class DiagHeads(nn.Module):
             blocks[1:] = [to.index_copy(0, old, y) for to, y in zip(blocks[1:], kept, strict=True)]
         o = self._attend(*(y.unflatten(0, (total, C)).transpose(1, 2) for y in blocks))
         o = o.transpose(1, 2).flatten(0, 1).index_select(0, place.flatten()).unflatten(0, (B, T))
-        return tied(o, *kept) if kept else o, self._left(blocks, first, begun, lengths, state)
+        return tied(o, *halo) if halo else o, self._left(blocks, first, begun, lengths, state)
 
     def _begun(self, part: Part, k: Tensor, v: Tensor, state: State) -> tuple[BlockState, Tensor]:
         """Fetch the tokens of the block that this rank's first document has begun on earlier ranks."""
