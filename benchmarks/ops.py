@@ -11,11 +11,11 @@ count. A case is left out of later rounds once it has used its seconds.
 import argparse
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,12 +26,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from allocations import allocations
+from lineament._base.extras import available
+from lineament.ops import elementwise_scan
 from lineament.ops.recurrence import decayed_attention, delta_rule
+from lineament.report import machine
 from ops_peers import PEERS
 
 B, H, K, V = 1, 8, 64, 64
 LENGTHS = (1024, 4096, 16384, 65536)
-LONGEST = {"sdpa": 16384, "kimi": 4096, "minimax": 4096, "mamba2": 4096}  # peers beyond that take minutes
+LONGEST = {"qwen3-next": 16384, "sdpa": 16384}  # the other peers stop at 4096: beyond, they take minutes
 SECONDS_PER_CASE = 20.0
 
 OURS: dict[str, Callable[..., Tensor]] = {
@@ -42,6 +45,9 @@ OURS: dict[str, Callable[..., Tensor]] = {
     "gated delta rule": lambda x: delta_rule(x["q"], x["k"], x["v"], x["beta"], x["head"])[0],
     "KDA": lambda x: delta_rule(x["q"], x["k"], x["v"], x["beta"], x["channel"])[0],
 }
+MORE: dict[str, Callable[..., Tensor]] = {
+    "scan": lambda x: elementwise_scan(x["v"].flatten(2), x["channel"].flatten(2))[0],
+}  # a vector state: no matmuls to compare with
 USES = {
     "no decay": "q k v",
     "scalar decay": "q k v head",
@@ -73,6 +79,11 @@ GOALS = (
     Goal("gated delta rule", "qwen3-next", 16384, 4, 50),
     Goal("KDA", "kimi", 4096, 20, 60),
     Goal("scalar decay", "mamba2", 4096, 4, 4),
+    Goal("no decay", "fla linear", 4096, 3, 5),
+    Goal("channel decay", "fla gla", 4096, 3, 5),
+    Goal("scan", "fla hgrn", 4096, 3, 5),
+    Goal("delta rule", "fla delta", 4096, 3, 5),
+    Goal("gated delta rule", "fla gated delta", 4096, 3, 5),
     Goal("scalar decay", "matmul", 16384, 0.7, 0.5),
     Goal("gated delta rule", "matmul", 16384, 0.5, 0.35),
     Goal("KDA", "matmul", 16384, 0.4, 0.3),
@@ -117,14 +128,14 @@ def matmul(T: int) -> Callable[[], object]:
 def measure(lengths: tuple[int, ...], rounds: int, console: Console) -> Timings:
     """Time every case in turns; {(name, length, "f" or "fb"): seconds}."""
     found: Timings = {}
-    rows = OURS | {name: function for name, function in PEERS.items() if function is not None}
+    rows = OURS | MORE | {name: function for name, function in PEERS.items() if function is not None}
     for T in lengths:
         data, plain = inputs(T), matmul(T)
         for turn in range(rounds + 1):  # the first one warms up and counts only for cases too slow to repeat
             console.print(f"T={T}, round {turn} of {rounds}", style="dim", highlight=False)
             _record(found, ("matmul", T, "f"), plain, turn)
             for name, function in rows.items():
-                if LONGEST.get(name, 65536 if name in OURS else 16384) >= T:
+                if LONGEST.get(name, 65536 if name in OURS else 4096) >= T:
                     _record(found, (name, T, "f"), lambda f=function, d=data: forward(f, d), turn)
                     _record(found, (name, T, "fb"), lambda f=function, d=data: both(f, d), turn)
     return found
@@ -187,7 +198,7 @@ def show(found: Timings, goals: list[dict], lengths: tuple[int, ...], console: C
     for T in lengths:
         times.add_column(f"f {T}", justify="right")
         times.add_column(f"fb {T}", justify="right")
-    for name in ["matmul", *PEERS, *OURS]:
+    for name in ["matmul", *PEERS, *OURS, *MORE]:
         cells = [found.get((name, T, kind)) for T in lengths for kind in ("f", "fb")]
         missing = "not installed" if name in PEERS and PEERS[name] is None else "-"
         times.add_row(name, *(f"{statistics.median(c) * 1e3:.1f}" if c else missing for c in cells))
@@ -216,7 +227,8 @@ def main() -> None:
     show(found, goals, lengths, console)
     if options.json:
         seconds = [{"name": n, "T": T, "what": kind, "seconds": s} for (n, T, kind), s in found.items()]
-        about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": 1}
+        peers = {name: version(name) for name in ("transformers", "fla-core", "numba") if available(name.split("-")[0])}
+        about = {"machine": machine(), "peers": peers, "threads": 1}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"about": about, "goals": goals, "seconds": seconds}, indent=1) + "\n")
 

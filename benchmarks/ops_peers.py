@@ -5,6 +5,8 @@ whose package is missing is None.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +60,30 @@ def _minimax() -> Callable[[Data], Tensor]:
     return run
 
 
-def _fla(module: str, function: str, *names: str) -> Callable[[Data], Tensor] | None:
-    """A plain formula of flash-linear-attention; its package can't be imported without Triton."""
-    if not (available("fla") and available("triton")):
+def _fla(place: str, function: str, *names: str, heads_first: bool = False) -> Callable[[Data], Tensor] | None:
+    """A plain formula of flash-linear-attention, from its file alone: the package can't be imported without a GPU."""
+    if not (available("fla") and available("einops")):
         return None
-    from importlib import import_module
+    package = find_spec("fla")
+    assert package is not None and package.submodule_search_locations
+    found = spec_from_file_location(f"fla_{function}", Path(package.submodule_search_locations[0]) / place)
+    assert found is not None and found.loader is not None
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    formula = getattr(module, function)
 
-    formula = getattr(import_module(module), function)
-    return lambda x: formula(*(x[name] for name in names))[0]
+    def run(x: Data) -> Tensor:
+        given = [x[name].transpose(1, 2) if heads_first else x[name] for name in names]
+        out = formula(*given)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.transpose(1, 2) if heads_first else out
+
+    return run
+
+
+def _hgrn() -> Callable[[Data], Tensor] | None:
+    formula = _fla("ops/hgrn/naive.py", "naive_recurrent_hgrn", "v", "channel")
+    return formula and (lambda x: formula({"v": x["v"].flatten(2), "channel": x["channel"].flatten(2)}))
 
 
 _GATED = ("q", "k", "v", "head", "beta")
@@ -76,6 +94,10 @@ PEERS: dict[str, Callable[[Data], Tensor] | None] = {
     "kimi": kimi,
     "minimax": _minimax(),
     "mamba2": mamba2,
-    "fla scalar": _fla("fla.ops.simple_gla.naive", "naive_chunk_simple_gla", "q", "k", "v", "head"),
-    "fla gated delta": _fla("fla.ops.gated_delta_rule.naive", "naive_chunk_gated_delta_rule", *_GATED),
+    "fla linear": _fla("ops/linear_attn/naive.py", "naive_chunk_linear_attn", "q", "k", "v"),
+    "fla scalar": _fla("ops/simple_gla/naive.py", "naive_chunk_simple_gla", "q", "k", "v", "head"),
+    "fla gla": _fla("ops/gla/naive.py", "naive_recurrent_gla", "q", "k", "v", "channel"),
+    "fla hgrn": _hgrn(),
+    "fla delta": _fla("ops/delta_rule/naive.py", "delta_rule_chunkwise", "q", "k", "v", "beta", heads_first=True),
+    "fla gated delta": _fla("ops/gated_delta_rule/naive.py", "naive_chunk_gated_delta_rule", *_GATED),
 }

@@ -3,16 +3,17 @@
     python benchmarks/other_weights.py --quick     # tiny and short
     python benchmarks/other_weights.py --json FILE
 
-Random weights of real head shapes, built by transformers; both forms in one process, medians. "operator" is the very
-call of the recurrence that the model's forward makes, on the inputs it makes it with, alone and with its backward.
+Random weights of real head shapes, built by transformers; one thread, theirs and ours take turns, medians of the
+thread's own seconds. "operator" is the very call of the recurrence that the model's forward makes, on the inputs it
+makes it with, alone and with its backward.
 """
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lineament.models import speed_up_
 from lineament.models.speed_up import OPERATORS
 from lineament.report import machine
+from lineament.tasks import in_turn
 
 DELTA = {
     "linear_num_key_heads": 8,
@@ -51,17 +53,6 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 GOALS = {"qwen3_next": 5.0}  # of the operator inside its forward and backward at 4096 tokens
-
-
-def median(run: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a call, after one that warms up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def recorded(layer: Any, x: Tensor) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
@@ -117,18 +108,25 @@ def compare(model_type: str, tokens: int, repeats: int) -> list[dict[str, Any]]:
     }
     rows = []
     for part, (make, inputs) in parts.items():
-        seconds: dict[str, list[float]] = {}
-        for who in ("theirs", "ours"):
-            function = theirs if who == "theirs" else OPERATORS[operator]
-            handle = speed_up_(model) if who == "ours" and part != "operator" else None
-            run = make(function)
-            with torch.no_grad():
-                forward = median(run, repeats)
-            seconds[who] = [forward, median(both_ways(run, inputs), repeats)]
-            if handle is not None:
-                handle.restore()
+        runs = {"theirs": make(theirs), "ours": make(OPERATORS[operator])}
+        if part != "operator":
+            runs["ours"] = sped_up(model, runs["ours"])
+        steps = {f"{who}, forward": torch.no_grad()(run) for who, run in runs.items()}
+        steps |= {f"{who}, both": both_ways(run, inputs) for who, run in runs.items()}
+        times = {name: median(s) for name, s in in_turn(steps, repeats, clock=time.thread_time).items()}
+        seconds = {who: [times[f"{who}, forward"], times[f"{who}, both"]] for who in runs}
         rows.append({"model": model_type, "tokens": tokens, "part": part, **seconds})
     return rows
+
+
+def sped_up(model: torch.nn.Module, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Run with our operators in the model's layers, and give it back as it was."""
+
+    def call() -> Tensor:
+        with speed_up_(model):
+            return run()
+
+    return call
 
 
 def detached(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -146,10 +144,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="256 tokens, one repeat")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    tokens, repeats = (256, 1) if given.quick else (given.tokens, 5)
+    torch.set_num_threads(1)
+    tokens, repeats = (256, 1) if given.quick else (given.tokens, given.rounds)
     rows = [row for name in given.models for row in compare(name, tokens, repeats)]
     table = Table(*["model", "part", "theirs ms", "ours ms", "x", "theirs ms, + backward", "ours ms", "x"])
     for row in rows:

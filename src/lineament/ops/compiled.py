@@ -42,11 +42,11 @@ def arrays(*tensors: Tensor) -> list[Any]:
     return [(x.detach() if x.requires_grad else x).contiguous().numpy() for x in tensors]
 
 
-def loop(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at the first call, and keep the result on disk where there is a place for it."""
+def loop(function: Callable[..., Any], signature: tuple[Any, ...] | None = None) -> Callable[..., Any]:
+    """Compile at the first call (at once for one signature if given), and keep the result where there is a place."""
     from numba import njit
 
     try:
-        return njit(cache=True, **OPTIONS)(function)
+        return njit(signature, cache=True, **OPTIONS)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return njit(**OPTIONS)(function)
+        return njit(signature, **OPTIONS)(function)

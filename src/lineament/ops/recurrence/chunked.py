@@ -8,6 +8,7 @@ Differentiating twice is refused (use backend="chunked-autograd").
 import torch
 from torch import Tensor
 
+from lineament.ops.recurrence import chunked_compiled
 from lineament.ops.recurrence.layout import tiled
 from lineament.ops.recurrence.walk import Sequence, backward, batches, forward, panel_length
 
@@ -54,6 +55,9 @@ def recurrence(
     o, last, saved = _empty(q, v, state, size, save)
     states = saved if save else last[None]
     states[0].copy_(state)
+    if chunked_compiled.refused(q, k, v, beta, log_decay, states) is None:
+        chunked_compiled.forward(q, k, v, beta, log_decay, states, o, size)
+        return (o, last.copy_(saved[-1]) if save else last, saved)
     for rows in batches(q.shape[0], state.shape[1]):
         cut = (q[rows], k[rows], v[rows], _slice(beta, rows), _slice(log_decay, rows))
         forward(Sequence(*cut, state.shape[1], state), states[:, rows], o[rows], size)
@@ -92,6 +96,9 @@ def recurrence_backward(
     made = {name: _empty_grad(x, q) for name, x in named.items()}
     grad = grad_state.clone(memory_format=torch.contiguous_format)
     heads = states.shape[2]
+    if chunked_compiled.refused(q, k, v, beta, log_decay, states) is None:
+        chunked_compiled.backward(q, k, v, beta, log_decay, states, grad_o, grad, list(made.values()), size)
+        return *made.values(), grad  # pyright: ignore[reportReturnType]
     for rows in batches(q.shape[0], heads):
         inputs = Sequence(q[rows], k[rows], v[rows], _slice(beta, rows), _slice(log_decay, rows), heads, states)
         outputs = {name: made[name][rows] for name, x in named.items() if x is not None}
