@@ -5,8 +5,9 @@ whose package is missing is None.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +65,7 @@ def _fla(place: str, function: str, *names: str, heads_first: bool = False) -> C
     """A plain formula of flash-linear-attention, from its file alone: the package can't be imported without a GPU."""
     if not (available("fla") and available("einops")):
         return None
-    package = find_spec("fla")
-    assert package is not None and package.submodule_search_locations
-    found = spec_from_file_location(f"fla_{function}", Path(package.submodule_search_locations[0]) / place)
-    assert found is not None and found.loader is not None
-    module = module_from_spec(found)
-    found.loader.exec_module(module)
-    formula = getattr(module, function)
+    formula = run_path(str(Path(find_spec("fla").submodule_search_locations[0]) / place))[function]  # type: ignore
 
     def run(x: Data) -> Tensor:
         given = [x[name].transpose(1, 2) if heads_first else x[name] for name in names]

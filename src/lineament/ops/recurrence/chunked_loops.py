@@ -1,8 +1,8 @@
 """The walk of `walk.py`, head by head in compiled loops, for no decay and decays per head.
 
 Imported when it is used: numba is an extra. A head's chunk stays in the first caches of a core: C tokens at a time are
-copied into padded buffers, multiplied in register tiles (`chunked_tiles`), and never seen again. The system of the delta
-rule is solved by substitution, decays between tokens are running products of float64 (no differences of sums), and the
+copied into padded buffers and multiplied in register tiles (`chunked_tiles`). The system of the delta rule
+is solved by substitution, decays between tokens are running products of float64 (no differences of sums), and the
 gradient of the log decays is a sum of what lies across each step (no differences at all).
 """
 
@@ -12,7 +12,18 @@ import numpy as np
 
 from lineament.ops.compiled import loop
 from lineament.ops.recurrence.chunked_tiles import (
-    ADD, COLUMNS, LOWER, RESULT, SET, SUBTRACT, UPPER, WHOLE, product, solve, solve_back, transpose,
+    ADD,
+    COLUMNS,
+    LOWER,
+    RESULT,
+    SET,
+    SUBTRACT,
+    UPPER,
+    WHOLE,
+    product,
+    solve,
+    solve_back,
+    transpose,
 )  # fmt: skip
 
 

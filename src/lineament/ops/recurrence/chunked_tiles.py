@@ -39,7 +39,7 @@ def _mask(*lanes):
 
 
 @intrinsic
-def _tile(typing, a, b, c, i, j, start, stop, mode):  # noqa: ARG001 (numba's signature)
+def _tile(typing, a, b, c, i, j, start, stop, mode):
     """c[i : i + ROWS, j : j + COLUMNS] (=, +=, -=) a[i : i + ROWS, start:stop] @ b[start:stop, j : j + COLUMNS]."""
 
     def generate(context, builder, signature, given):
@@ -77,7 +77,7 @@ def _tile(typing, a, b, c, i, j, start, stop, mode):  # noqa: ARG001 (numba's si
 
 
 @intrinsic
-def _turn(typing, a, c, i, j):  # noqa: ARG001
+def _turn(typing, a, c, i, j):
     """c[j : j + LANES, i : i + LANES] = a[i : i + LANES, j : j + LANES]^T, by swapping ever smaller blocks."""
 
     def generate(context, builder, signature, given):
