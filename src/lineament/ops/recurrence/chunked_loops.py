@@ -20,6 +20,7 @@ from lineament.ops.recurrence.chunked_tiles import (
     SUBTRACT,
     UPPER,
     WHOLE,
+    move,
     product,
     solve,
     solve_back,
@@ -44,8 +45,7 @@ def load(x, start, stop, out, rows):
     """Copy tokens start..stop of x [T, W], and zeros behind them."""
     for i in range(rows):
         if start + i < stop:
-            for c in range(x.shape[1]):
-                out[i, c] = x[start + i, c]
+            move(x, start + i, out, i, x.shape[1], 0)
         else:
             out[i, :] = 0
 
@@ -54,10 +54,7 @@ def load(x, start, stop, out, rows):
 def store(x, start, stop, out, add):
     """Write, or add, rows to tokens start..stop of out [T, W]."""
     for i in range(stop - start):
-        if not add:
-            out[start + i, :] = 0
-        for c in range(out.shape[1]):
-            out[start + i, c] += x[i, c]
+        move(x, i, out, start + i, out.shape[1], add)
 
 
 @loop

@@ -101,6 +101,37 @@ def _turn(typing, a, c, i, j):
     return types.void(a, c, types.int64, types.int64), generate
 
 
+@intrinsic
+def _move(typing, a, i, c, m, j, add):
+    """c[m, j : j + LANES] (=, +=) a[i, j : j + LANES], where the last strides are one."""
+
+    def generate(context, builder, signature, given):
+        a_at, c_at = (_pointers(context, builder, signature.args[n], given[n]) for n in (0, 2))
+        (i, m, j, add), size = (given[1], *given[3:]), c.dtype.bitwidth // 8
+        vector = ir.VectorType(context.get_value_type(c.dtype), LANES)
+        x, place = builder.load(a_at(i, j, vector), align=size), c_at(m, j, vector)
+        with builder.if_else(builder.icmp_signed("==", add, _int(0))) as (put, change):
+            with put:
+                builder.store(x, place, align=size)
+            with change:
+                builder.store(builder.fadd(builder.load(place, align=size), x), place, align=size)
+        return context.get_dummy_value()
+
+    return types.void(a, types.int64, c, *[types.int64] * 3), generate
+
+
+@loop
+def move(a, i, c, m, columns, add):
+    """c[m, :columns] (=, +=) a[i, :columns]: a row of any strides, which the compiler alone would walk one by one."""
+    whole = 0
+    if a.strides[1] == a.itemsize and c.strides[1] == c.itemsize:
+        whole = columns // LANES * LANES
+        for j in range(0, whole, LANES):
+            _move(a, i, c, m, j, add)
+    for j in range(whole, columns):
+        c[m, j] = a[i, j] + (c[m, j] if add else 0)
+
+
 @loop
 def product(a, b, c, rows, depth, columns, mode, triangle):
     """c (=, +=, -=) a b, [rows, depth] x [depth, columns]; rows in fours, columns in sixteens.
