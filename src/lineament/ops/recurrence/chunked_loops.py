@@ -81,6 +81,14 @@ def scale(x, factor, out, rows, columns):
 
 
 @loop
+def scale_(x, factor, rows, columns):
+    """Multiply every row with its factor, in place: `scale` onto itself would not be vectorised."""
+    for i in range(rows):
+        for c in range(columns):
+            x[i, c] *= factor[i]
+
+
+@loop
 def weigh(pairs, weight, size, strict):
     """Weigh pairs of tokens; nothing is left above the diagonal, nor on it if strict."""
     for i in range(size):
@@ -101,13 +109,13 @@ def write_chunk(k, kt, kk, weight, read, scaled, beta, x, new, state, size, K, V
 
 
 @loop
-def advance(k, weight, last, scaled, new, state, out, size, K, V):
-    """Put the state behind a chunk into `out`."""
+def advance(k, weight, last, scaled, new, state, size, K, V):
+    """Turn the state before a chunk into the one behind it."""
     scale(k, weight[size - 1], scaled, size, K)
     for i in range(K):
         for c in range(V):
-            out[i, c] = last * state[i, c]
-    product(scaled.T, new, out, K, size, V, ADD, WHOLE)
+            state[i, c] *= last
+    product(scaled.T, new, state, K, size, V, ADD, WHOLE)
 
 
 def forward(q, k, v, beta, gate, states, o, size, panel, first, last):
@@ -146,10 +154,10 @@ def forward(q, k, v, beta, gate, states, o, size, panel, first, last):
                 product(queries, kt, qk, size, K, size, SET, RESULT)
                 weigh(qk, weight, size, False)
                 product(qk, written, out, size, size, V, SET, LOWER)
-                scale(queries, read, queries, size, K)
+                scale_(queries, read, size, K)
                 product(queries, state, out, size, K, V, ADD, WHOLE)
                 store(out, start, stop, o[b, :, at], False)
-            advance(keys, weight, read[size - 1], scaled, written, state, state, size, K, V)
+            advance(keys, weight, read[size - 1], scaled, written, state, size, K, V)
             if stop == T or (keep and stop % panel == 0):
                 store(state, 0, k.shape[3], states[(stop + panel - 1) // panel if keep else 0, b, h], False)
 
@@ -228,8 +236,9 @@ def backward(q, k, v, beta, gate, states, do, grad, dq, dk, dv, dbeta, dgate, si
                     write_chunk(keys[p], kt[p], kk[p], weight[p], read[p], scaled, strength[p], x[p], new[p], state[p],
                                 size, K, V)  # fmt: skip
                 if p + 1 < used:
-                    advance(keys[p], weight[p], read[p, size - 1], scaled, new[p] if delta else x[p], state[p],
-                            state[p + 1], size, K, V)  # fmt: skip
+                    state[p + 1] = state[p]
+                    advance(keys[p], weight[p], read[p, size - 1], scaled, new[p] if delta else x[p], state[p + 1],
+                            size, K, V)  # fmt: skip
             for p in range(used - 1, -1, -1):
                 begin = start + p * size
                 stop = min(begin + size, T)
@@ -242,7 +251,7 @@ def backward(q, k, v, beta, gate, states, do, grad, dq, dk, dv, dbeta, dgate, si
                 scale(key, write, scaled, size, K)
                 product(scaled, after, grad_new, size, K, V, SET, WHOLE)
                 product(written, aftert, grad_k, size, V, K, SET, WHOLE)
-                scale(grad_k, write, grad_k, size, K)
+                scale_(grad_k, write, size, K)
                 if gated:
                     dots(key, grad_k, writing, size, K, 1)
                 for i in range(K):
@@ -262,12 +271,12 @@ def backward(q, k, v, beta, gate, states, do, grad, dq, dk, dv, dbeta, dgate, si
                     product(grad_o, newt, dqk, size, V, size, SET, RESULT)
                     multiply_pairs(dqk, qk, weight[p], size, False, pairs)
                     product(grad_o, statet, grad_q, size, V, K, SET, WHOLE)
-                    scale(grad_q, read[p], grad_q, size, K)
+                    scale_(grad_q, read[p], size, K)
                     if gated:
                         dots(queries, grad_q, reading, size, K, 1)
                     product(dqk, key, grad_q, size, size, K, ADD, LOWER)
                     product(dqk.T, queries, grad_k, size, size, K, ADD, UPPER)
-                    scale(queries, read[p], queries, size, K)
+                    scale_(queries, read[p], size, K)
                     product(queries.T, grad_o, after, K, size, V, ADD, WHOLE)
                     store(grad_q, begin, stop, dq[b, :, own], at * q.shape[2] % do.shape[2] > 0)
                 if delta:
@@ -282,7 +291,7 @@ def backward(q, k, v, beta, gate, states, do, grad, dq, dk, dv, dbeta, dgate, si
                             dqk[i, j] = -dqk[i, j]
                     multiply_pairs(dqk, kk[p], weight[p], size, True, pairs)
                     product(grad_x, statet, grad_row, size, V, K, SET, WHOLE)
-                    scale(grad_row, read[p], grad_row, size, K)
+                    scale_(grad_row, read[p], size, K)
                     if gated:
                         dots(key, grad_row, reading, size, K, -1)
                     for i in range(size):
