@@ -7,6 +7,7 @@ gradient of the log decays is a sum of what lies across each step (no difference
 """
 
 import math
+from collections import namedtuple
 
 import numpy as np
 
@@ -25,6 +26,16 @@ from lineament.ops.recurrence.chunked_tiles import (
     solve,
     solve_back,
     transpose,
+)  # fmt: skip
+
+# of one chunk of C tokens (or of several, one axis more): key [C, K] and its transpose, x [C, V] the values (under the
+# delta rule what each token found wrong), new [C, V] what the rule writes, pairs [C, C] its system, weight [C, C] the
+# decays between tokens, read [C] those since the start, beta [C], and the state [K, V] it begins with
+Chunk = namedtuple("Chunk", "key keyt x new pairs weight read beta state")
+
+# gradients of a chunk's rows, their transposed factors, and what each step's decay stands before
+Back = namedtuple(
+    "Back", "query q k row scaled o new x qk dqk pairs newt statet after aftert reading writing result"
 )  # fmt: skip
 
 
@@ -99,23 +110,57 @@ def weigh(pairs, weight, size, strict):
 
 
 @loop
-def write_chunk(k, kt, kk, weight, read, scaled, beta, x, new, state, size, K, V):
-    """Solve the delta rule of a chunk: x [C, V] holds v and becomes what each token found wrong, new what it writes."""
-    product(k, kt, kk, size, K, size, SET, RESULT)
-    weigh(kk, weight, size, True)
-    scale(k, read, scaled, size, K)
-    product(scaled, state, x, size, K, V, SUBTRACT, WHOLE)
-    solve(kk, x, size, V, beta, new)
+def chunks(count, size, K, V, like):
+    """Return room for chunks; without gates nothing decays."""
+    found = Chunk(room(count, size, K, like), room(count, K, size, like), room(count, size, V, like),
+                  room(count, size, V, like), room(count, size, size, like), room(count, size, size, like),
+                  np.ones((count, size), like.dtype), np.zeros((count, size), like.dtype),
+                  room(count, K, V, like))  # fmt: skip
+    for p in range(count):
+        load_gates(np.zeros(0, like.dtype), 0, 0, size, found.weight[p], found.read[p])
+    return found
 
 
 @loop
-def advance(k, weight, last, scaled, new, state, size, K, V):
+def chunk_at(c, p):
+    """Return one of several chunks."""
+    return Chunk(c.key[p], c.keyt[p], c.x[p], c.new[p], c.pairs[p], c.weight[p], c.read[p], c.beta[p], c.state[p])
+
+
+@loop
+def scalars(x, b, h):
+    """Return a head's numbers [T] of x [B, T, Hs], none where x has no heads."""
+    return x[b, : x.shape[1] if x.shape[2] else 0, h]
+
+
+@loop
+def fill(c, key, value, beta, gate, start, stop, scaled, K, V):
+    """Read the tokens start..stop of a head and, if it has betas, solve the delta rule of the chunk."""
+    size = c.read.size
+    load(key, start, stop, c.key, size)
+    load(value, start, stop, c.x, size)
+    transpose(c.key, c.keyt, size, K)
+    if gate.size:
+        load_gates(gate, start, stop, size, c.weight, c.read)
+    if beta.size:
+        for i in range(size):
+            c.beta[i] = beta[start + i] if start + i < stop else 0
+        product(c.key, c.keyt, c.pairs, size, K, size, SET, RESULT)
+        weigh(c.pairs, c.weight, size, True)
+        scale(c.key, c.read, scaled, size, K)
+        product(scaled, c.state, c.x, size, K, V, SUBTRACT, WHOLE)
+        solve(c.pairs, c.x, size, V, c.beta, c.new)
+
+
+@loop
+def advance(c, written, state, scaled, K, V):
     """Turn the state before a chunk into the one behind it."""
-    scale(k, weight[size - 1], scaled, size, K)
+    size = c.read.size
+    scale(c.key, c.weight[size - 1], scaled, size, K)
     for i in range(K):
-        for c in range(V):
-            state[i, c] *= last
-    product(scaled.T, new, state, K, size, V, ADD, WHOLE)
+        for j in range(V):
+            state[i, j] *= c.read[size - 1]
+    product(scaled.T, written, state, K, size, V, ADD, WHOLE)
 
 
 def forward(q, k, v, beta, gate, states, o, size, panel, first, last):
@@ -124,42 +169,31 @@ def forward(q, k, v, beta, gate, states, o, size, panel, first, last):
     q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], o [B, T, max(Hq, Hs), V]; beta and gate [B, T, Hs], or no heads.
     """
     T, heads, K, V = q.shape[1], states.shape[2], padded(k.shape[3]), padded(v.shape[3])
-    reads, keep, delta, gated = o.shape[2] // heads, states.shape[0] > 1, beta.shape[2] > 0, gate.shape[2] > 0
-    wide, tall, square = room(3, size, K, states), room(3, size, V, states), room(3, size, size, states)
-    queries, keys, scaled = wide[0], wide[1], wide[2]
-    x, new, out = tall[0], tall[1], tall[2]
-    kk, qk, weight = square[0], square[1], square[2]
-    kt, state = room(1, K, size, states)[0], room(1, K, V, states)[0]
-    read, strength, no_gate = np.ones(size, states.dtype), np.zeros(size, states.dtype), np.zeros(0, states.dtype)
-    load_gates(no_gate, 0, 0, size, weight, read)
+    reads, keep, delta = o.shape[2] // heads, states.shape[0] > 1, beta.shape[2] > 0
+    c = chunk_at(chunks(1, size, K, V, states), 0)
+    wide = room(2, size, K, states)
+    queries, scaled = wide[0], wide[1]
+    qk, out = room(1, size, size, states)[0], room(1, size, V, states)[0]
     for task in range(first, last):
         b, h = task // heads, task % heads
         key, value = k[b, :, h * k.shape[2] // heads], v[b, :, h * v.shape[2] // heads]
-        load(states[0, b, h], 0, k.shape[3], state, K)
+        load(states[0, b, h], 0, k.shape[3], c.state, K)
         for start in range(0, T, size):
             stop = min(start + size, T)
-            load(key, start, stop, keys, size)
-            load(value, start, stop, x, size)
-            transpose(keys, kt, size, K)
-            if gated:
-                load_gates(gate[b, :, h], start, stop, size, weight, read)
-            if delta:
-                for i in range(size):
-                    strength[i] = beta[b, start + i, h] if start + i < stop else 0
-                write_chunk(keys, kt, kk, weight, read, scaled, strength, x, new, state, size, K, V)
-            written = new if delta else x
+            fill(c, key, value, scalars(beta, b, h), scalars(gate, b, h), start, stop, scaled, K, V)
+            written = c.new if delta else c.x
             for r in range(reads):
                 at = h * reads + r
                 load(q[b, :, at * q.shape[2] // o.shape[2]], start, stop, queries, size)
-                product(queries, kt, qk, size, K, size, SET, RESULT)
-                weigh(qk, weight, size, False)
+                product(queries, c.keyt, qk, size, K, size, SET, RESULT)
+                weigh(qk, c.weight, size, False)
                 product(qk, written, out, size, size, V, SET, LOWER)
-                scale_(queries, read, size, K)
-                product(queries, state, out, size, K, V, ADD, WHOLE)
-                store(out, start, stop, o[b, :, at], False)
-            advance(keys, weight, read[size - 1], scaled, written, state, size, K, V)
+                scale_(queries, c.read, size, K)
+                product(queries, c.state, out, size, K, V, ADD, WHOLE)
+                store(out, start, stop, o[b, :, at], 0)
+            advance(c, written, c.state, scaled, K, V)
             if stop == T or (keep and stop % panel == 0):
-                store(state, 0, k.shape[3], states[(stop + panel - 1) // panel if keep else 0, b, h], False)
+                store(c.state, 0, k.shape[3], states[(stop + panel - 1) // panel if keep else 0, b, h], 0)
 
 
 @loop
@@ -193,6 +227,82 @@ def multiply_pairs(dpairs, pairs, weight, size, strict, total):
     weigh(dpairs, weight, size, strict)
 
 
+@loop
+def buffers(size, K, V, like):
+    """Return room for the gradients of a chunk."""
+    wide, tall, square = room(5, size, K, like), room(3, size, V, like), room(3, size, size, like)
+    return Back(wide[0], wide[1], wide[2], wide[3], wide[4], tall[0], tall[1], tall[2], square[0], square[1],
+                square[2], room(1, V, size, like)[0], room(1, V, K, like)[0], room(1, K, V, like)[0],
+                room(1, V, K, like)[0], np.zeros(size), np.zeros(size), np.zeros(size))  # fmt: skip
+
+
+@loop
+def back_through_state(c, g, written, gated, K, V):
+    """From the gradient behind a chunk: that of its writes and keys, and the part of the one before; its own decay."""
+    size, total = c.read.size, 0.0
+    g.pairs[:], g.reading[:], g.writing[:] = 0, 0, 0
+    transpose(written, g.newt, size, V)
+    transpose(c.state, g.statet, K, V)
+    transpose(g.after, g.aftert, K, V)
+    scale(c.key, c.weight[size - 1], g.scaled, size, K)
+    product(g.scaled, g.after, g.new, size, K, V, SET, WHOLE)
+    product(written, g.aftert, g.k, size, V, K, SET, WHOLE)
+    scale_(g.k, c.weight[size - 1], size, K)
+    if gated:
+        dots(c.key, g.k, g.writing, size, K, 1)
+    for i in range(K):
+        row = c.state.dtype.type(0)
+        for j in range(V):
+            g.after[i, j] *= c.read[size - 1]
+            row += g.after[i, j] * c.state[i, j]
+        total += row
+    return total
+
+
+@loop
+def back_through_reads(c, g, gated, K, V):
+    """From g.o, the gradient of what g.query read: g.q, and additions for keys, writes and the state before."""
+    size = c.read.size
+    product(g.query, c.keyt, g.qk, size, K, size, SET, RESULT)
+    weigh(g.qk, c.weight, size, False)
+    product(g.qk.T, g.o, g.new, size, size, V, ADD, UPPER)
+    product(g.o, g.newt, g.dqk, size, V, size, SET, RESULT)
+    multiply_pairs(g.dqk, g.qk, c.weight, size, False, g.pairs)
+    product(g.o, g.statet, g.q, size, V, K, SET, WHOLE)
+    scale_(g.q, c.read, size, K)
+    if gated:
+        dots(g.query, g.q, g.reading, size, K, 1)
+    product(g.dqk, c.key, g.q, size, size, K, ADD, LOWER)
+    product(g.dqk.T, g.query, g.k, size, size, K, ADD, UPPER)
+    scale_(g.query, c.read, size, K)
+    product(g.query.T, g.o, g.after, K, size, V, ADD, WHOLE)
+
+
+@loop
+def back_through_rule(c, g, gated, K, V):
+    """From g.new, the gradient of what the delta rule wrote: g.x of the values, g.result of beta, and additions."""
+    size = c.read.size
+    solve_back(c.pairs, g.new, size, V, c.beta, g.x)
+    g.result[:] = 0
+    dots(g.new, c.x, g.result, size, V, 1)
+    product(g.x, g.newt, g.dqk, size, V, size, SET, RESULT)
+    for i in range(size):
+        for j in range(i):
+            g.dqk[i, j] = -g.dqk[i, j]
+    multiply_pairs(g.dqk, c.pairs, c.weight, size, True, g.pairs)
+    product(g.x, g.statet, g.row, size, V, K, SET, WHOLE)
+    scale_(g.row, c.read, size, K)
+    if gated:
+        dots(c.key, g.row, g.reading, size, K, -1)
+    for i in range(size):
+        for j in range(K):
+            g.k[i, j] -= g.row[i, j]
+    product(g.dqk, c.key, g.k, size, size, K, ADD, LOWER)
+    product(g.dqk.T, c.key, g.k, size, size, K, ADD, UPPER)
+    scale(c.key, c.read, g.scaled, size, K)
+    product(g.scaled.T, g.x, g.after, K, size, V, SUBTRACT, WHOLE)
+
+
 def backward(q, k, v, beta, gate, states, do, grad, dq, dk, dv, dbeta, dgate, size, panel, first, last):
     """Fill the gradients of the inputs, and turn `grad` [B, Hs, K, V], of the last state, into that of the first.
 
@@ -200,111 +310,41 @@ def backward(q, k, v, beta, gate, states, do, grad, dq, dk, dv, dbeta, dgate, si
     """
     T, heads, K, V = q.shape[1], states.shape[2], padded(k.shape[3]), padded(v.shape[3])
     reads, delta, gated, count = do.shape[2] // heads, beta.shape[2] > 0, gate.shape[2] > 0, panel // size
-    wide, tall, square = room(5, size, K, states), room(3, size, V, states), room(3, size, size, states)
-    queries, grad_q, grad_k, grad_row, scaled = wide[0], wide[1], wide[2], wide[3], wide[4]
-    grad_o, grad_new, grad_x = tall[0], tall[1], tall[2]
-    qk, dqk, pairs = square[0], square[1], square[2]
-    keys, x, new, kt = (room(count, size, K, states), room(count, size, V, states), room(count, size, V, states),
-                        room(count, K, size, states))  # fmt: skip
-    kk, weight, state = room(count, size, size, states), room(count, size, size, states), room(count, K, V, states)
-    newt, statet, after, aftert = (room(1, V, size, states)[0], room(1, V, K, states)[0], room(1, K, V, states)[0],
-                                   room(1, V, K, states)[0])  # fmt: skip
-    read, strength = np.ones((count, size), states.dtype), np.zeros((count, size), states.dtype)
-    reading, writing, result = np.zeros(size), np.zeros(size), np.zeros(size)
-    no_gate = np.zeros(0, states.dtype)
-    for p in range(count):
-        load_gates(no_gate, 0, 0, size, weight[p], read[p])
+    several, g = chunks(count, size, K, V, states), buffers(size, K, V, states)
     for task in range(first, last):
         b, h = task // heads, task % heads
         kh, vh = h * k.shape[2] // heads, h * v.shape[2] // heads
         add_k, add_v = h * k.shape[2] % heads > 0, h * v.shape[2] % heads > 0
-        load(grad[b, h], 0, k.shape[3], after, K)
+        load(grad[b, h], 0, k.shape[3], g.after, K)
         for start in range((T - 1) // panel * panel, -1, -panel):
-            load(states[start // panel, b, h], 0, k.shape[3], state[0], K)
+            load(states[start // panel, b, h], 0, k.shape[3], several.state[0], K)
             used = min(count, (T - start + size - 1) // size)
             for p in range(used):
-                begin = start + p * size
-                stop = min(begin + size, T)
-                load(k[b, :, kh], begin, stop, keys[p], size)
-                load(v[b, :, vh], begin, stop, x[p], size)
-                transpose(keys[p], kt[p], size, K)
-                if gated:
-                    load_gates(gate[b, :, h], begin, stop, size, weight[p], read[p])
-                if delta:
-                    for i in range(size):
-                        strength[p, i] = beta[b, begin + i, h] if begin + i < stop else 0
-                    write_chunk(keys[p], kt[p], kk[p], weight[p], read[p], scaled, strength[p], x[p], new[p], state[p],
-                                size, K, V)  # fmt: skip
+                c, begin = chunk_at(several, p), start + p * size
+                fill(c, k[b, :, kh], v[b, :, vh], scalars(beta, b, h), scalars(gate, b, h), begin,
+                     min(begin + size, T), g.scaled, K, V)  # fmt: skip
                 if p + 1 < used:
-                    state[p + 1] = state[p]
-                    advance(keys[p], weight[p], read[p, size - 1], scaled, new[p] if delta else x[p], state[p + 1],
-                            size, K, V)  # fmt: skip
+                    several.state[p + 1] = c.state
+                    advance(c, c.new if delta else c.x, several.state[p + 1], g.scaled, K, V)
             for p in range(used - 1, -1, -1):
-                begin = start + p * size
+                c, begin = chunk_at(several, p), start + p * size
                 stop = min(begin + size, T)
-                key, S, written = keys[p], state[p], new[p] if delta else x[p]
-                write, decay = weight[p, size - 1], read[p, size - 1]
-                pairs[:], reading[:], writing[:], total = 0, 0, 0, 0.0
-                transpose(written, newt, size, V)
-                transpose(S, statet, K, V)
-                transpose(after, aftert, K, V)
-                scale(key, write, scaled, size, K)
-                product(scaled, after, grad_new, size, K, V, SET, WHOLE)
-                product(written, aftert, grad_k, size, V, K, SET, WHOLE)
-                scale_(grad_k, write, size, K)
-                if gated:
-                    dots(key, grad_k, writing, size, K, 1)
-                for i in range(K):
-                    row = S.dtype.type(0)
-                    for c in range(V):
-                        after[i, c] *= decay
-                        row += after[i, c] * S[i, c]
-                    total += row
+                total = back_through_state(c, g, c.new if delta else c.x, gated, K, V)
                 for r in range(reads):
                     at = h * reads + r
                     own = at * q.shape[2] // do.shape[2]
-                    load(q[b, :, own], begin, stop, queries, size)
-                    load(do[b, :, at], begin, stop, grad_o, size)
-                    product(queries, kt[p], qk, size, K, size, SET, RESULT)
-                    weigh(qk, weight[p], size, False)
-                    product(qk.T, grad_o, grad_new, size, size, V, ADD, UPPER)
-                    product(grad_o, newt, dqk, size, V, size, SET, RESULT)
-                    multiply_pairs(dqk, qk, weight[p], size, False, pairs)
-                    product(grad_o, statet, grad_q, size, V, K, SET, WHOLE)
-                    scale_(grad_q, read[p], size, K)
-                    if gated:
-                        dots(queries, grad_q, reading, size, K, 1)
-                    product(dqk, key, grad_q, size, size, K, ADD, LOWER)
-                    product(dqk.T, queries, grad_k, size, size, K, ADD, UPPER)
-                    scale_(queries, read[p], size, K)
-                    product(queries.T, grad_o, after, K, size, V, ADD, WHOLE)
-                    store(grad_q, begin, stop, dq[b, :, own], at * q.shape[2] % do.shape[2] > 0)
+                    load(q[b, :, own], begin, stop, g.query, size)
+                    load(do[b, :, at], begin, stop, g.o, size)
+                    back_through_reads(c, g, gated, K, V)
+                    store(g.q, begin, stop, dq[b, :, own], at * q.shape[2] % do.shape[2] > 0)
                 if delta:
-                    solve_back(kk[p], grad_new, size, V, strength[p], grad_x)
-                    result[:] = 0
-                    dots(grad_new, x[p], result, size, V, 1)
+                    back_through_rule(c, g, gated, K, V)
                     for i in range(stop - begin):
-                        dbeta[b, begin + i, h] = result[i]
-                    product(grad_x, newt, dqk, size, V, size, SET, RESULT)
-                    for i in range(size):
-                        for j in range(i):
-                            dqk[i, j] = -dqk[i, j]
-                    multiply_pairs(dqk, kk[p], weight[p], size, True, pairs)
-                    product(grad_x, statet, grad_row, size, V, K, SET, WHOLE)
-                    scale_(grad_row, read[p], size, K)
-                    if gated:
-                        dots(key, grad_row, reading, size, K, -1)
-                    for i in range(size):
-                        for c in range(K):
-                            grad_k[i, c] -= grad_row[i, c]
-                    product(dqk, key, grad_k, size, size, K, ADD, LOWER)
-                    product(dqk.T, key, grad_k, size, size, K, ADD, UPPER)
-                    scale(key, read[p], scaled, size, K)
-                    product(scaled.T, grad_x, after, K, size, V, SUBTRACT, WHOLE)
-                store(grad_k, begin, stop, dk[b, :, kh], add_k)
-                store(grad_x if delta else grad_new, begin, stop, dv[b, :, vh], add_v)
+                        dbeta[b, begin + i, h] = g.result[i]
+                store(g.k, begin, stop, dk[b, :, kh], add_k)
+                store(g.x if delta else g.new, begin, stop, dv[b, :, vh], add_v)
                 if gated:
-                    across(reading, writing, pairs, total, size, result)
+                    across(g.reading, g.writing, g.pairs, total, size, g.result)
                     for i in range(stop - begin):
-                        dgate[b, begin + i, h] = result[i]
-        store(after, 0, k.shape[3], grad[b, h], False)
+                        dgate[b, begin + i, h] = g.result[i]
+        store(g.after, 0, k.shape[3], grad[b, h], 0)
