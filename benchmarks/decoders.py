@@ -77,7 +77,7 @@ def models_of(mixer: str, shape: dict[str, Any]) -> dict[str, nn.Module]:
 def measure(models: dict[str, nn.Module], what: str, context: int, once: bool) -> dict[str, float]:
     """Return median seconds by model."""
     if what == "prefill":
-        speeds = prefill_speed(models, context, repeats=0 if once else 3)
+        speeds = prefill_speed(models, context, repeats=1 if once else 3)
     else:
         speeds = decode_speed(models, context, tokens=4 if once else 16, static=False)
     return {name: speed.median for name, speed in speeds.items()}

@@ -199,12 +199,12 @@ def _best(name: str, times: Mapping[str, list[float]], what: str, context: int) 
 def prefill_speed(models: Mapping[str, nn.Module], length: int, *, repeats: int = 3, seed: int = 0) -> dict[str, Speed]:
     """Time reading a prompt of `length` tokens into an empty cache; the models take turns.
 
-    A long prompt is read once in one call and once in pieces (`models.prefill`), and each model's faster way counts.
+    A long prompt is read in one call and in pieces (`models.prefill`), and each model's faster way counts.
 
     Args:
         models: name -> causal language model, all on one device.
         length: tokens of the prompt, random ones.
-        repeats: of each model's faster way, after those tries; 0: the tries are the measurement.
+        repeats: of each way; the medians are compared, since one try says little on a busy machine.
     """
     device, steps = _device(models), {}
     for name, model in models.items():
@@ -214,12 +214,8 @@ def prefill_speed(models: Mapping[str, nn.Module], length: int, *, repeats: int 
         steps[f"{name}\n{kind}"] = _reader(model, ids.to(device), length)
         if length > PIECE:
             steps[f"{name}\n{kind}, in pieces"] = partial(prefill, inner, ids.to(device), piece=PIECE)
-    tries = in_turn(steps, 1, 0, device)
-    if not repeats:
-        return {name: _best(name, tries, "prefill", length) for name in models}
-    ways = {name: f"{name}\n{_best(name, tries, 'prefill', length).cache}" for name in models}
-    times = in_turn({way: steps[way] for way in ways.values()}, repeats, 0, device)
-    return {name: _best(name, {way: times[way]}, "prefill", length) for name, way in ways.items()}
+    times = in_turn(steps, repeats, 0, device)
+    return {name: _best(name, times, "prefill", length) for name in models}
 
 
 def _reader(model: nn.Module, ids: Tensor, length: int) -> Step:
