@@ -129,6 +129,8 @@ def measure(lengths: tuple[int, ...], rounds: int, console: Console) -> Timings:
     """Time every case in turns; {(name, length, "f" or "fb"): seconds}."""
     found: Timings = {}
     rows = OURS | MORE | {name: function for name, function in PEERS.items() if function is not None}
+    for function in OURS.values():
+        both(function, inputs(lengths[0]))  # loops are compiled at their first call
     for T in lengths:
         data, plain = inputs(T), matmul(T)
         for turn in range(rounds + 1):  # the first one warms up and counts only for cases too slow to repeat

@@ -21,6 +21,7 @@ from lineament.ops.recurrence.chunked_tiles import (
     SUBTRACT,
     UPPER,
     WHOLE,
+    ask_for,
     move,
     product,
     solve,
@@ -181,10 +182,13 @@ def forward(q, k, v, beta, gate, states, o, size, panel, first, last):
         for start in range(0, T, size):
             stop = min(start + size, T)
             fill(c, key, value, scalars(beta, b, h), scalars(gate, b, h), start, stop, scaled, K, V)
+            ask_for(key, stop, stop + size)
+            ask_for(value, stop, stop + size)
             written = c.new if delta else c.x
             for r in range(reads):
                 at = h * reads + r
                 load(q[b, :, at * q.shape[2] // o.shape[2]], start, stop, queries, size)
+                ask_for(q[b, :, at * q.shape[2] // o.shape[2]], stop, stop + size)
                 product(queries, c.keyt, qk, size, K, size, SET, RESULT)
                 weigh(qk, c.weight, size, False)
                 product(qk, written, out, size, size, V, SET, LOWER)
@@ -323,6 +327,8 @@ def backward(q, k, v, beta, gate, states, do, grad, dq, dk, dv, dbeta, dgate, si
                 c, begin = chunk_at(several, p), start + p * size
                 fill(c, k[b, :, kh], v[b, :, vh], scalars(beta, b, h), scalars(gate, b, h), begin,
                      min(begin + size, T), g.scaled, K, V)  # fmt: skip
+                ask_for(k[b, :, kh], begin + size, begin + 2 * size)
+                ask_for(v[b, :, vh], begin + size, begin + 2 * size)
                 if p + 1 < used:
                     several.state[p + 1] = c.state
                     advance(c, c.new if delta else c.x, several.state[p + 1], g.scaled, K, V)
@@ -335,6 +341,8 @@ def backward(q, k, v, beta, gate, states, do, grad, dq, dk, dv, dbeta, dgate, si
                     own = at * q.shape[2] // do.shape[2]
                     load(q[b, :, own], begin, stop, g.query, size)
                     load(do[b, :, at], begin, stop, g.o, size)
+                    ask_for(q[b, :, own], max(begin - size, 0), begin)
+                    ask_for(do[b, :, at], max(begin - size, 0), begin)
                     back_through_reads(c, g, gated, K, V)
                     store(g.q, begin, stop, dq[b, :, own], at * q.shape[2] % do.shape[2] > 0)
                 if delta:

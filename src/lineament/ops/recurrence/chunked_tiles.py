@@ -132,6 +132,31 @@ def move(a, i, c, m, columns, add):
         c[m, j] = a[i, j] + (c[m, j] if add else 0)
 
 
+@intrinsic
+def _ask_for(typing, a, i, j):
+    """Ask the second cache for the line of a[i, j]."""
+
+    def generate(context, builder, signature, given):
+        a_at = _pointers(context, builder, signature.args[0], given[0])
+        byte = ir.IntType(8)
+        place = a_at(*given[1:], byte)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _index, _index, _index])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [place, _index(0), _index(2), _index(1)])
+        return context.get_dummy_value()
+
+    return types.void(a, types.int64, types.int64), generate
+
+
+@loop
+def ask_for(a, start, stop):
+    """Ask for the rows start..stop of a [T, W], which a walk needs next: no processor guesses rows this far apart."""
+    line = max(64 // a.itemsize, 1)
+    for i in range(start, min(stop, a.shape[0])):
+        for j in range(0, a.shape[1], line):
+            _ask_for(a, i, j)
+
+
 @loop
 def product(a, b, c, rows, depth, columns, mode, triangle):
     """c (=, +=, -=) a b, [rows, depth] x [depth, columns]; rows in fours, columns in sixteens.
