@@ -6,13 +6,15 @@ elementwise pass between two; inside one loop both are gone. Imported when it is
 Every buffer comes from `room`: rows are padded, so that the rows of a tile don't fall on the same lines of the cache.
 """
 
+from typing import Any
+
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from lineament.ops.compiled import loop
 
+intrinsic: Any = extending.intrinsic  # its annotations count the typing context among the arguments
 ROWS, LANES, VECTORS = 4, 8, 2  # a tile: 8 sums in 256-bit registers, as many as two units of latency 4 keep busy
 COLUMNS = LANES * VECTORS
 WHOLE, UPPER, LOWER, RESULT = 0, 1, 2, 3  # which factor is triangular: none, the left one, or the product is
@@ -139,7 +141,8 @@ def _ask_for(typing, a, i, j):
     def generate(context, builder, signature, given):
         a_at = _pointers(context, builder, signature.args[0], given[0])
         byte = ir.IntType(8)
-        place = a_at(*given[1:], byte)
+        row, column = given[1:]
+        place = a_at(row, column, byte)
         kind = ir.FunctionType(ir.VoidType(), [place.type, _index, _index, _index])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
         builder.call(function, [place, _index(0), _index(2), _index(1)])
