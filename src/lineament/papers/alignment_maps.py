@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="alignment-maps",
@@ -60,10 +60,10 @@ RECORD = Paper(
     related=("relp", "transcoders", "depth-efficiency"),
 )
 
-SCALES = {  # seeds; steps of the net, of a map, of maps of untrained nets; layers; "smoke": the mechanics only
-    "smoke": (1, 4, 3, 3, (0, 2)), "small": (1, 6000, 2000, 3000, (0, 2)),
-    "full": (10, 20_000, 10_000, 10_000, (0, 1, 2)),
-}  # fmt: skip
+SCALES = Scales(  # seeds; steps of the net, of a map, of maps of untrained nets; layers; "smoke": the mechanics only
+    smoke=(1, 4, 3, 3, (0, 2)), small=(1, 6000, 2000, 3000, (0, 2)),
+    full=(10, 20_000, 10_000, 10_000, (0, 1, 2)),
+)  # fmt: skip
 RULES = {  # fixed before the first run: the worst seed of each; (at least, at most)
     "IIA at layer 3, rotation": (0.0, 0.6),
     "IIA at layer 3, RevNet of one block": (0.95, 1.0),
@@ -80,11 +80,8 @@ def experiment(scale: str = "small") -> Any:
     """Align a trained and an untrained MLP with algorithms of hierarchical equality; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, *sizes) = time.perf_counter(), SCALES[scale]
     rows, found = [], []
     for seed in range(seeds):

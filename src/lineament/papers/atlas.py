@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="atlas",
@@ -43,11 +43,11 @@ RECORD = Paper(
     related=("rws", "i-lora", "configurable-bricks"),
 )
 
-SCALES = {
-    "smoke": (1, 20, 10),
-    "small": (3, 1500, 300),
-    "full": (10, 1500, 300),
-}  # seeds; steps of a network, of lambda
+SCALES = Scales(
+    smoke=(1, 20, 10),
+    small=(3, 1500, 300),
+    full=(10, 1500, 300),
+)  # seeds; steps of a network, of lambda
 RULES = {"mean accuracy of aTLAS over the best scalar's": (0.10, 1.0)}  # fixed before the first run; mean over seeds
 DOMAINS: list[Any] = [  # a quarter turn, a mirror, a negative, a transposition two columns on
     lambda x: x.rot90(1, (2, 3)), lambda x: x.flip(3), lambda x: 1 - x, lambda x: x.transpose(2, 3).roll(2, 3)
@@ -60,11 +60,8 @@ def experiment(scale: str = "small") -> Any:
     """Compose four digit domains by one scalar and by learned blockwise coefficients; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (count, *steps) = time.perf_counter(), SCALES[scale]
     runs = [_run(seed, *steps) for seed in range(count)]
     mean = {arm: sum(run[arm] for run in runs) / count for arm in ARMS}

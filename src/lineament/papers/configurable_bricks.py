@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="configurable-bricks",
@@ -56,7 +56,7 @@ RECORD = Paper(
     related=("atlas", "transcoders", "i-lora"),
 )
 
-SCALES = {"smoke": (1, 2), "small": (3, 30), "full": (10, 30)}  # seeds, epochs
+SCALES = Scales(smoke=(1, 2), small=(3, 30), full=(10, 30))  # seeds, epochs
 UNITS, EXPERTS, QUIET = 512, 32, 3e-3
 RULES = {  # fixed before the first run, for means over seeds; (at least, at most)
     "dense: rise of a class's own loss / of the others', its top 5 % of units removed": (10.0, 1e9),
@@ -69,11 +69,8 @@ def experiment(scale: str = "small") -> Any:
     """Find specialists in a digit classifier and cut it into experts, densely and sparsely trained, as `Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, epochs) = time.perf_counter(), SCALES[scale]
     runs = {net: [_run(net, seed, epochs) for seed in range(seeds)] for net in ("dense", "sparse")}
     rows = [{"net": net, **{key: sum(run[key] for run in own) / seeds for key in own[0]}} for net, own in runs.items()]

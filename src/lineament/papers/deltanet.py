@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="deltanet",
@@ -47,9 +47,9 @@ RECORD = Paper(
     related=("kimi-linear", "hybrid-linear-attention", "lightning-attention-2"),
 )
 
-SCALES = {  # seeds, training steps, examples scored. "smoke": the mechanics only
-    "smoke": (1, 3, 16), "small": (3, 500, 256), "full": (3, 2000, 1024),
-}  # fmt: skip
+SCALES = Scales(  # seeds, training steps, examples scored. "smoke": the mechanics only
+    smoke=(1, 3, 16), small=(3, 500, 256), full=(3, 2000, 1024),
+)  # fmt: skip
 RULES = {  # fixed before the first run, for means over seeds; (at least, at most)
     "accuracy of DeltaNet": (0.93, 1.0),
     "accuracy over additive": (0.10, 1.0),
@@ -66,11 +66,8 @@ def experiment(scale: str = "small") -> Any:
     """Train on keys that are written twice, measure the bare memory, and time its two forms; `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, steps, count) = time.perf_counter(), SCALES[scale]
     right = {arm: [_trained(erase, seed, steps, count) for seed in range(seeds)] for arm, erase in ARMS.items()}
     mean = {arm: sum(of) / seeds for arm, of in right.items()}

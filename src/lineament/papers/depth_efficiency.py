@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="depth-efficiency",
@@ -48,9 +48,9 @@ RECORD = Paper(
     related=("alignment-maps", "transcoders", "shallow-parallel"),
 )  # fmt: skip
 
-SCALES = {  # seeds; steps; sequences to fit maps from, to test them, to read; "smoke": the mechanics only
-    "smoke": (1, 3, 12, 4, 2), "small": (1, 300, 400, 64, 16), "full": (3, 600, 400, 64, 32),
-}  # fmt: skip
+SCALES = Scales(  # seeds; steps; sequences to fit maps from, to test them, to read; "smoke": the mechanics only
+    smoke=(1, 3, 12, 4, 2), small=(1, 300, 400, 64, 16), full=(3, 600, 400, 64, 32),
+)  # fmt: skip
 RULES = {  # fixed before the first run: the worst seed of each; (at least, at most)
     "correlation of relative depths": (0.8, 1.0),
     "its lead over the 95th percentile of permuted layers": (0.0, 2.0),
@@ -63,11 +63,8 @@ def experiment(scale: str = "small") -> Any:
     """Train models of 4 and 8 layers, read their depth, and map one onto the other; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, *sizes) = time.perf_counter(), SCALES[scale]
     rows, found = [], []
     for seed in range(seeds):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="dynamic-lrp",
@@ -42,9 +42,9 @@ RECORD = Paper(
 )
 
 RULE_SETS = ("attnlrp", "relp", "cp-lrp", "dynamic", "integrated-gradients", "gradient-x-input")
-SCALES = {  # seeds, steps of the language model, prompts, steps of the image model; "smoke": the mechanics only
-    "smoke": (1, 10, 8, 10), "small": (2, 1200, 100, 300), "full": (5, 1200, 400, 1000),
-}  # fmt: skip
+SCALES = Scales(  # seeds, steps of the language model, prompts, steps of the image model; "smoke": the mechanics only
+    smoke=(1, 10, 8, 10), small=(2, 1200, 100, 300), full=(5, 1200, 400, 1000),
+)  # fmt: skip
 SYSTEM, BASELINE = "attnlrp", "gradient-x-input"
 RULES = {SYSTEM: (0.9, 1.0), BASELINE: (0.0, 0.4)}  # share of prompts whose answer's name is on top; fixed beforehand
 
@@ -53,11 +53,8 @@ def experiment(scale: str = "small") -> Any:
     """Name the words an answer comes from, flip pixels, and count covered nodes; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, *sizes) = time.perf_counter(), SCALES[scale]
     found = [_words(seed, sizes[0], sizes[1]) for seed in range(seeds)]
     first = {name: [row[name] for row in found] for name in found[0]}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="g2gnet",
@@ -35,7 +35,7 @@ RECORD = Paper(
     related=("hourglass-mlp", "shallow-parallel", "configurable-bricks"),
 )
 
-SCALES = {"smoke": (1, 2, 64), "small": (5, 60, 256), "full": (20, 200, 512)}  # seeds; epochs; width
+SCALES = Scales(smoke=(1, 2, 64), small=(5, 60, 256), full=(20, 200, 512))  # seeds; epochs; width
 SEED, IMAGES, TEST, BATCH, DENSITY, GROUPS = 6300, 300, 500, 50, 0.25, 5
 ARMS: dict[str, tuple[dict[str, Any], str | None, float]] = {  # mask, rule of growth, weight decay
     "dense": ({"groups": 1}, None, 0.0), "dense, weight decay": ({"groups": 1}, None, 0.1),
@@ -53,11 +53,8 @@ def experiment(scale: str = "small") -> Any:
     """Train dense, randomly masked and group-masked nets on few digits, with and without rewiring, as `Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (count, epochs, width) = time.perf_counter(), SCALES[scale]
     runs = [_run(SEED + 10 * i, epochs, width) for i in range(count)]
     rows = [{"arm": arm, **{k: sum(run[arm][k] for run in runs) / count for k in runs[0][arm]},

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="grokking-li2",
@@ -36,13 +36,13 @@ RECORD = Paper(
     related=("projection-head", "lmc-landscape"),
 )  # fmt: skip
 
-SCALES: dict[str, dict[str, Any]] = {
-    "smoke": {"climb": 20, "epochs": 4, "orders": (5,), "seeds": 2, "scan": (5, 7), "shares": (0.5,), "each": 2},
-    "small": {"climb": 3000, "epochs": 1500, "orders": (23,), "seeds": 5, "scan": (13, 23, 31),
-              "shares": (0.25, 0.35, 0.45, 0.55, 0.65, 0.75), "each": 3},
-    "full": {"climb": 3000, "epochs": 1500, "orders": (23, 31), "seeds": 5, "scan": (13, 17, 23, 31, 43, 53, 71),
-             "shares": tuple(round(0.15 + 0.05 * i, 2) for i in range(13)), "each": 15},
-}  # fmt: skip
+SCALES = Scales(
+    smoke={"climb": 20, "epochs": 4, "orders": (5,), "seeds": 2, "scan": (5, 7), "shares": (0.5,), "each": 2},
+    small={"climb": 3000, "epochs": 1500, "orders": (23,), "seeds": 5, "scan": (13, 23, 31),
+           "shares": (0.25, 0.35, 0.45, 0.55, 0.65, 0.75), "each": 3},
+    full={"climb": 3000, "epochs": 1500, "orders": (23, 31), "seeds": 5, "scan": (13, 17, 23, 31, 43, 53, 71),
+          "shares": tuple(round(0.15 + 0.05 * i, 2) for i in range(13)), "each": 15},
+)  # fmt: skip
 RULES = {  # fixed before the first run; (at least, at most)
     "ascent, M = 11: smallest purity": (0.999, 1.001),
     "ascent, M = 11: largest |4 E / M - 1|": (0.0, 1e-3),
@@ -63,11 +63,8 @@ def experiment(scale: str = "small") -> Any:
     from tempfile import TemporaryDirectory
 
     from lineament import tasks
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, size = time.perf_counter(), SCALES[scale]
     climbed, found = _climb(size["climb"])
     rows, grokked, best = [climbed], [], []

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="hedgehog",
@@ -49,9 +49,9 @@ ARMS = {
     "1+ELU": ("elu", {}), "T2R": ("t2r", {}), "Hedgehog": ("hedgehog", {"form": "softmax"}),
     "Hedgehog, exp form": ("hedgehog", {"form": "exp"}),
 }  # fmt: skip
-SCALES = {  # seeds; steps of the teacher, of transfer, of fine-tuning; windows scored. "smoke": the mechanics only
-    "smoke": (1, 6, 4, 3, 8), "small": (3, 500, 200, 100, 256), "full": (5, 500, 200, 100, 800),
-}  # fmt: skip
+SCALES = Scales(  # seeds; steps of the teacher, of transfer, of fine-tuning; windows scored; "smoke": the mechanics
+    smoke=(1, 6, 4, 3, 8), small=(3, 500, 200, 100, 256), full=(5, 500, 200, 100, 800),
+)  # fmt: skip
 RULES = {  # fixed before the first run, for means over seeds; (at least, at most)
     "divergence after transfer / before": (0.0, 0.5),
     "divergence after transfer / 1+ELU's": (0.0, 1.0),
@@ -67,11 +67,8 @@ def experiment(scale: str = "small") -> Any:
     """Convert a character model by four maps and return what each keeps, as `report.Evidence`; losses in nats."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, seeds = time.perf_counter(), range(SCALES[scale][0])
     runs = [_run(seed, *SCALES[scale][1:]) for seed in seeds]
     mean = {arm: {k: sum(run[arm][k] for run in runs) / len(runs) for k in of} for arm, of in runs[0].items()}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="hourglass-mlp",
@@ -48,7 +48,7 @@ RECORD = Paper(
     related=("shallow-parallel", "g2gnet", "projection-head"),
 )
 
-SCALES = {"smoke": (1, 1, 1200), "small": (2, 15, 13300), "full": (5, 60, 13300)}  # seeds; epochs; patches
+SCALES = Scales(smoke=(1, 1, 1200), small=(2, 15, 13300), full=(5, 60, 13300))  # seeds; epochs; patches
 SEED, SIZE, SIGMA, BATCH = 5200, 12, 0.15, 128
 BUDGETS = (108_000, 126_200, 189_000)  # trainable parameters
 NETS: dict[str, tuple[str, dict[str, Any]]] = {  # shape, and what differs; all of two blocks but the last two
@@ -69,11 +69,8 @@ def experiment(scale: str = "small") -> Any:
     """Denoise natural patches by nets of both shapes; return `report.Evidence` with the front printed."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence, front
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (count, epochs, patches) = time.perf_counter(), SCALES[scale]
     runs = [_run(SEED + i, epochs, patches) for i in range(count)]
     rows: list[dict[str, Any]] = []

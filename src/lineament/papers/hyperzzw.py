@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="hyperzzw",
@@ -44,7 +44,7 @@ RECORD = Paper(
     related=("care-transformer", "tensor-attention"),
 )
 
-SCALES = {"smoke": (1, 1, 100), "small": (3, 10, 550), "full": (5, 40, 550)}  # seeds, epochs, test images
+SCALES = Scales(smoke=(1, 1, 100), small=(3, 10, 550), full=(5, 40, 550))  # seeds, epochs, test images
 HIDDEN = ("global_hidden", "local_hidden", "channel_hidden", "gate_hidden", "space_hidden")
 ARMS: dict[str, dict[str, Any]] = {  # those marked "once" run for the first seed alone
     "Z * W": {}, "W alone": {"gated": False}, "CNN": {"cnn": True}, "kernels frozen": {"frozen": True, "once": True},
@@ -60,11 +60,8 @@ def experiment(scale: str = "small") -> Any:
     """Train two blocks on digits with the full operator and with kernels alone, beside a CNN of as many parameters."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, seeds = time.perf_counter(), range(SCALES[scale][0])
     runs = {arm: [_run(seed, *SCALES[scale][1:], **{k: v for k, v in how.items() if k != "once"})
                   for seed in (seeds[:1] if "once" in how else seeds)] for arm, how in ARMS.items()}  # fmt: skip

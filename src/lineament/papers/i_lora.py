@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="i-lora",
@@ -42,7 +42,7 @@ RECORD = Paper(
     related=("lmc-landscape", "atlas", "rws"),
 )
 
-SCALES = {"smoke": (1, 2, 5), "small": (4, 25, 3), "full": (20, 25, 5)}  # seeds; epochs of a task; arms
+SCALES = Scales(smoke=(1, 2, 5), small=(4, 25, 3), full=(20, 25, 5))  # seeds; epochs of a task; arms
 SEED, SIZES, WARM, BATCH, MEMORY = 4100, (64, 128, 128, 10), 300, 90, 100
 DOMAINS: dict[str, Any] = {
     "upright": lambda x: x, "quarter turn": lambda x: x.rot90(1, (2, 3)), "mirror": lambda x: x.flip(3),
@@ -63,11 +63,8 @@ def experiment(scale: str = "small") -> Any:
     """Teach four digit domains one after another by LoRA; return `report.Evidence`. Accuracies on digits unseen."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (count, epochs, arms) = time.perf_counter(), SCALES[scale]
     runs = [_run(SEED + i, epochs, arms) for i in range(count)]
     names = [name for name in runs[0] if name != "line"]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="kimi-linear",
@@ -43,9 +43,9 @@ RECORD = Paper(
     related=("deltanet", "hybrid-linear-attention", "hedgehog"),
 )
 
-SCALES = {  # seeds, training steps, examples scored, tokens of the cache. "smoke": the mechanics only
-    "smoke": (1, 3, 16, 1024), "small": (3, 400, 256, 8192), "full": (3, 2000, 1024, 8192),
-}  # fmt: skip
+SCALES = Scales(  # seeds, training steps, examples scored, tokens of the cache. "smoke": the mechanics only
+    smoke=(1, 3, 16, 1024), small=(3, 400, 256, 8192), full=(3, 2000, 1024, 8192),
+)  # fmt: skip
 RULES = {  # fixed before the first run, for means over seeds; (at least, at most)
     "accuracy, KDA over Gated DeltaNet": (0.03, 1.0),
     "slow channel after ten steps": (1.0, 1.0),
@@ -62,11 +62,8 @@ def experiment(scale: str = "small") -> Any:
     """Reverse random tokens, let two channels forget apart, and count the cache of a hybrid; `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, steps, count, context) = time.perf_counter(), SCALES[scale]
     right = {arm: [_trained(arm, seed, steps, count) for seed in range(seeds)] for arm in ARMS}
     mean = {arm: sum(of) / seeds for arm, of in right.items()}

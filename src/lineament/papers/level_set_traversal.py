@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="level-set-traversal",
@@ -44,7 +44,7 @@ RECORD = Paper(
     related=("linear-scope", "dynamic-lrp"),
 )
 
-SCALES = {"smoke": (1, 100, 3), "small": (3, 600, 300), "full": (5, 600, 400)}  # seeds, steps of training, of the walk
+SCALES = Scales(smoke=(1, 100, 3), small=(3, 600, 300), full=(5, 600, 400))  # seeds, steps of training, of the walk
 RULES = {  # fixed before the first run: the worst seed of each; (at least, at most)
     "distance left, traversal / straight line": (0.0, 0.75),
     "confidence, traversal - straight line": (0.0, 1.0),
@@ -57,11 +57,8 @@ def experiment(scale: str = "small") -> Any:
     """Walk between digits along the level sets of a small CNN; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, steps, walked) = time.perf_counter(), SCALES[scale]
     rows, found = [], []
     for seed in range(seeds):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="lightnet",
@@ -44,7 +44,7 @@ RECORD = Paper(
     related=("hybrid-linear-attention", "transnormer", "lightning-attention-2"),
 )
 
-SCALES = {"smoke": (1, 1, 3), "small": (3, 4, 7), "full": (5, 12, 15)}  # seeds, epochs, repeats of a timing
+SCALES = Scales(smoke=(1, 1, 3), small=(3, 4, 7), full=(5, 12, 15))  # seeds, epochs, repeats of a timing
 WIDTH, HEADS, LAYERS, BATCH = 32, 2, 2, 20
 SIDES = (32, 64, 128)  # of the grids that are timed
 ONCE = ("LightNet, no positions", "LightNet, MD-LRPE")  # reported beside the others, of the first seed
@@ -68,11 +68,8 @@ def experiment(scale: str = "small") -> Any:
     from math import log
     from statistics import linear_regression
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (count, epochs, repeats) = time.perf_counter(), SCALES[scale]
     runs = {arm: [_trained(arm, seed, epochs) for seed in range(1 if arm in ONCE else count)] for arm in ARMS}
     right = {arm: sum(run["accuracy"] for run in of) / len(of) for arm, of in runs.items()}

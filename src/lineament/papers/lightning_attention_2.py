@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="lightning-attention-2",
@@ -44,9 +44,9 @@ RECORD = Paper(
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 LONGEST = {"dense": 4096, "token loop": 4096, "sums": 2048}  # memory and patience of the slow ones
-SCALES = {  # seeds, training steps, repeats of a timing, longest text. "smoke": the mechanics only
-    "smoke": (1, 3, 1, 1024), "small": (3, 200, 5, 8192), "full": (3, 2000, 9, 8192),
-}  # fmt: skip
+SCALES = Scales(  # seeds, training steps, repeats of a timing, longest text. "smoke": the mechanics only
+    smoke=(1, 3, 1, 1024), small=(3, 200, 5, 8192), full=(3, 2000, 9, 8192),
+)  # fmt: skip
 RULES = {  # fixed before the first run; (at least, at most)
     "exponent of tiled": (0.0, 1.25),
     "exponent of dense": (1.7, 99.0),
@@ -63,11 +63,8 @@ def experiment(scale: str = "small") -> Any:
     """Time five forms of attention and train three character models; returns `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, steps, repeats, longest) = time.perf_counter(), SCALES[scale]
     seconds, losses = _speed(repeats, longest), _quality(seeds, steps)
     mean = {arm: sum(of) / len(of) for arm, of in losses.items()}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="linear-scope",
@@ -36,9 +36,9 @@ RECORD = Paper(
     ),
 )  # fmt: skip
 
-SCALES = {  # seeds and steps of digits; steps of super-resolution, pixels whose rows are read of either kind
-    "smoke": (1, 4, 4, 2), "small": (3, 540, 800, 60), "full": (5, 540, 4000, 200),
-}  # fmt: skip
+SCALES = Scales(  # seeds and steps of digits; steps of super-resolution, pixels whose rows are read of either kind
+    smoke=(1, 4, 4, 2), small=(3, 540, 800, 60), full=(5, 540, 4000, 200),
+)  # fmt: skip
 RULES = {  # fixed before the first run: the worst seed of each; (at least, at most)
     "largest |A x + r - f| / largest |f|": (0.0, 1e-5),
     "largest |A - Jacobian| / largest |A|": (0.0, 1e-5),
@@ -52,11 +52,8 @@ def experiment(scale: str = "small") -> Any:
     """Replay digit classifiers and a super-resolution net as affine maps; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, steps, enlarging, pixels) = time.perf_counter(), SCALES[scale]
     rows = [_digits(seed, arm, steps) for seed in range(seeds) for arm in ARMS]
     rows.append(_enlarging(enlarging, pixels))

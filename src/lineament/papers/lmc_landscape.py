@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="lmc-landscape",
@@ -39,10 +39,10 @@ RECORD = Paper(
     related=("weight-matching", "i-lora", "rws"),
 )
 
-SCALES = {  # forks at these epochs, seeds of each, epochs after the fork; pairs, epochs of the MLPs and of the ResNets
-    "smoke": ((0, 1), 1, 1, 1, 1, 1), "small": ((0, 8, 30), 3, 60, 3, 60, 25),
-    "full": ((0, 1, 2, 4, 8, 16, 30), 3, 60, 5, 60, 40),
-}  # fmt: skip
+SCALES = Scales(  # forks at these epochs, seeds of each, epochs after it; pairs, epochs of the MLPs and of the ResNets
+    smoke=((0, 1), 1, 1, 1, 1, 1), small=((0, 8, 30), 3, 60, 3, 60, 25),
+    full=((0, 1, 2, 4, 8, 16, 30), 3, 60, 5, 60, 40),
+)  # fmt: skip
 SEED, SIZES, NOISE, NONE = 2000, (64, 128, 128, 128, 10), 0.3, 1e-3  # a barrier below NONE is none
 RULES = {  # fixed before the first run; (at least, at most)
     "smallest fall of the mean barrier from fork to fork": (0.0, 1e9),
@@ -59,11 +59,8 @@ def experiment(scale: str = "small") -> Any:
     """Fork runs late and early, and match runs that share nothing, as `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (forks, seeds, epochs, pairs, dense, residual) = time.perf_counter(), SCALES[scale]
     forked = [_fork(k, seed, epochs, layers=k == forks[0]) for k in forks for seed in range(seeds)]
     apart = [_apart(net, i, dense if net == "MLP" else residual) for net in ("MLP", "ResNet") for i in range(pairs)]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="neural-circuit-diagrams",
@@ -40,7 +40,7 @@ RECORD = Paper(
     related=("weight-matching", "dynamic-lrp"),
 )
 
-SCALES = {"smoke": ("MLP", "attention, views", "attention, einsum"), "small": (), "full": ()}  # (): all nets
+SCALES = Scales(smoke=("MLP", "attention, views", "attention, einsum"), small=(), full=())  # (): all nets
 RULES = {  # fixed before the first run, for the worst of all nets; (at least, at most)
     "largest |term - model| / largest |model|": (0.0, 1e-5),
     "largest share of opaque operators": (0.0, 0.02),
@@ -57,15 +57,11 @@ def experiment(scale: str = "small") -> Any:
     """Trace, draw and run small nets of many kinds as terms; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
-    began, nets = time.perf_counter(), _nets()
+    began, asked, nets = time.perf_counter(), SCALES[scale], _nets()
     nets |= _pretrained() if scale == "full" else {}
-    chosen = SCALES[scale] or tuple(nets)
-    rows, terms = [], {}
+    chosen, rows, terms = asked or tuple(nets), [], {}
     for name in chosen:
         row, terms[name] = _drawn(name, *nets[name])
         rows.append(row)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="projection-head", authors="Xue, Gan, Ni, Joshi, Mirzasoleiman",
@@ -35,9 +35,9 @@ RECORD = Paper(
     code=None, related=("grokking-li2", "hourglass-mlp"),
 )  # fmt: skip
 
-SCALES = {  # steps of the law, of the probe's net; label draws; seeds on digits, steps of these
-    "smoke": (30, 20, 2, 1, 5), "small": (6000, 1500, 20, 3, 400), "full": (60_000, 6000, 100, 20, 3000),
-}  # fmt: skip
+SCALES = Scales(  # steps of the law, of the probe's net; label draws; seeds on digits, steps of these
+    smoke=(30, 20, 2, 1, 5), small=(6000, 1500, 20, 3, 400), full=(60_000, 6000, 100, 20, 3000),
+)  # fmt: skip
 SEED, STRENGTHS = 7400, (0.9, 0.7, 0.5, 0.3, 0.2, 0.1)
 CASES = {"label's weight far below the others": (0.25, 4.0), "label's weight the largest": (4.0, 0.0)}  # noise, label's
 RULES = {  # fixed before the first run, for means over seeds; (at least, at most)
@@ -53,11 +53,8 @@ def experiment(scale: str = "small") -> Any:
     """Weigh features before and after the head, where theory says how and on digits, as `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (law, steps, draws, seeds, digits) = time.perf_counter(), SCALES[scale]
     weights, error, emerged = _law(law)
     probes = [_probe(case, steps, draws) for case in CASES]

@@ -1,11 +1,15 @@
 """The shape of a catalogue entry: plain data about one paper, checked when it is made.
 
 Standard library only, so that listing the catalogue never loads torch. A record says what the paper claims and how
-far its numbers could be checked; the measurement itself is `experiment(scale)` beside the record, once it works.
+far its numbers could be checked; the measurement itself is `experiment(scale)` beside the record, once it works, and
+the sizes it may be asked for are a `Scales`.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Any, Never
+
+from .._base.errors import unknown
 
 ROOMS = (
     "convert", "weights", "explain", "quant", "tasks", "models", "nn", "ops", "graph", "train", "data", "report", "io"
@@ -22,6 +26,20 @@ FIGURE_STATUSES = {
 
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _ARXIV = re.compile(r"(\d{2})(0[1-9]|1[0-2])\.\d{4,5}")
+
+
+class Scales(dict[str, Any]):
+    """The sizes of an experiment by the name of its scale; looking up a name that is none says which there are.
+
+    Example:
+        >>> Scales(small=(3, 30), full=(10, 30))["smal"]
+        Traceback (most recent call last):
+            ...
+        lineament._base.errors.InputError: unknown scale 'smal'. Did you mean 'small'? Known: full, small.
+    """
+
+    def __missing__(self, scale: str) -> Never:
+        raise unknown("scale", scale, self)
 
 
 @dataclass(frozen=True)

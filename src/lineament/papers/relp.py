@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="relp",
@@ -55,9 +55,9 @@ RECORD = Paper(
     related=("dynamic-lrp", "transcoders", "alignment-maps", "linear-scope"),
 )
 
-SCALES = {  # seeds, layers of the models, steps, pairs of prompts; "smoke": the mechanics only
-    "smoke": (1, (2,), 10, 4), "small": (3, (4,), 800, 100), "full": (3, (4, 8), 1200, 100),
-}  # fmt: skip
+SCALES = Scales(  # seeds, layers of the models, steps, pairs of prompts; "smoke": the mechanics only
+    smoke=(1, (2,), 10, 4), small=(3, (4,), 800, 100), full=(3, (4, 8), 1200, 100),
+)  # fmt: skip
 METHODS = ("attribution", "relp", "relp-ah", "integrated-gradients")
 KINDS = ("residual", "attention", "mlp")
 RULES = {"smallest lead of RelP over the gradient": (0.1, 2.0)}  # fixed before the first run; see the notes
@@ -67,11 +67,8 @@ def experiment(scale: str = "small") -> Any:
     """Patch every layer and position of small models, exactly and by estimates; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, depths, steps, pairs) = time.perf_counter(), SCALES[scale]
     rows = [row for layers in depths for seed in range(seeds) for row in _run(seed, layers, steps, pairs)]
     leads = [row["relp"] - row["attribution"] for row in rows if row["places"] in ("residual", "mlp")]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="rws",
@@ -40,7 +40,7 @@ RECORD = Paper(
     related=("atlas", "i-lora", "weight-matching"),
 )
 
-SCALES = {"smoke": (1, 20), "small": (3, 30), "full": (10, 30)}  # seeds; epochs of each tuning
+SCALES = Scales(smoke=(1, 20), small=(3, 30), full=(10, 30))  # seeds; epochs of each tuning
 RULES = {  # fixed before the first run, for means over seeds of the blur; (at least, at most)
     "gap closed by the first layer": (0.60, 9.0),
     "gap closed by the last layer": (-9.0, 0.10),
@@ -53,11 +53,8 @@ def experiment(scale: str = "small") -> Any:
     """Patch a clean digit classifier with signatures of blur and noise; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (count, epochs) = time.perf_counter(), SCALES[scale]
     runs = [_run(seed, epochs) for seed in range(count)]
     rows: list[dict[str, Any]] = []

@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="shallow-parallel",
@@ -36,7 +36,7 @@ RECORD = Paper(
     related=("depth-efficiency", "hourglass-mlp"),
 )
 
-SCALES = {"smoke": (1, 2, (2, 4)), "small": (3, 30, (2, 4, 8, 16)), "full": (10, 30, (2, 4, 8, 16, 32))}
+SCALES = Scales(smoke=(1, 2, (2, 4)), small=(3, 30, (2, 4, 8, 16)), full=(10, 30, (2, 4, 8, 16, 32)))
 WIDTH, BATCH = 32, 32  # seeds, epochs, layers above
 RULES = {  # fixed before the first run, for means over seeds; (at least, at most)
     "largest difference in test accuracy": (0.0, 0.015),
@@ -48,11 +48,8 @@ def experiment(scale: str = "small") -> Any:
     """Train residual stacks of growing depth, sequential and parallel, on digits; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, epochs, depths) = time.perf_counter(), SCALES[scale]
     runs = {n: [_run(seed, epochs, n) for seed in range(seeds)] for n in depths}
     mean = {n: {key: sum(run[key] for run in own) / seeds for key in own[0]} for n, own in runs.items()}

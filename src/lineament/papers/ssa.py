@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="ssa",
@@ -46,9 +46,9 @@ RECORD = Paper(
 ARMS: dict[str, dict[str, Any] | None] = {
     "dense": None, "unbiased": {"mode": "unbiased", "reduction": 4}, "local": {"reduction": 4, "sigma": 16.0},
 }  # fmt: skip
-SCALES = {  # seeds; layers, epochs, members of an ensemble, seed lists, test images. "smoke": the mechanics only
-    "smoke": (1, 1, 1, 2, 2, 100), "small": (3, 3, 12, 16, 5, 597), "full": (3, 4, 40, 16, 5, 597),
-}  # fmt: skip
+SCALES = Scales(  # seeds; layers, epochs, members of an ensemble, seed lists, test images. "smoke": the mechanics only
+    smoke=(1, 1, 1, 2, 2, 100), small=(3, 3, 12, 16, 5, 597), full=(3, 4, 40, 16, 5, 597),
+)  # fmt: skip
 NOISE = 0.005  # nats by which an ensemble may be worse than one half its size
 WAYS = ("dense pass", "one sub-model", "ensemble")
 
@@ -57,11 +57,8 @@ def experiment(scale: str = "small") -> Any:
     """Train dense and subsampled on digits as 64 pixel tokens; score a dense pass, one sub-model and an ensemble."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, seeds = time.perf_counter(), range(SCALES[scale][0])
     runs = [{arm: _run(arm, seed, *SCALES[scale][1:]) for arm in ARMS} for seed in seeds]
     curves = {arm: runs[0][arm].pop("curve") for arm in ARMS}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="tensor-attention",
@@ -40,9 +40,9 @@ RECORD = Paper(
     related=("ssa", "hyperzzw"),
 )
 
-SCALES = {  # seeds, steps of learning; lengths that are timed. "smoke": the mechanics only
-    "smoke": (1, 10, (32, 64)), "small": (3, 1500, (64, 128, 256, 512)), "full": (5, 1500, (64, 128, 256, 512, 1024)),
-}  # fmt: skip
+SCALES = Scales(  # seeds, steps of learning; lengths that are timed. "smoke": the mechanics only
+    smoke=(1, 10, (32, 64)), small=(3, 1500, (64, 128, 256, 512)), full=(5, 1500, (64, 128, 256, 512, 1024)),
+)  # fmt: skip
 BOUNDS, DEGREES = (0.5, 1.0, 1.5, 2.0, 3.0), (2, 4, 6)
 EXACT, NEAR = "exact, ms of CPU, best of 3", "degree 2, ms of CPU"
 RULES = {  # fixed before the first run; (at least, at most)
@@ -59,11 +59,8 @@ def experiment(scale: str = "small") -> Any:
 
     from numpy import log, polyfit
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, steps, lengths) = time.perf_counter(), SCALES[scale]
     errors, times = _errors(), _times(lengths)
     each = {keys: [_learned(keys, seed, steps) for seed in range(seeds)] for keys in (2, 1)}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="transcoders",
@@ -45,11 +45,11 @@ RECORD = Paper(
     related=("relp", "dynamic-lrp", "alignment-maps", "depth-efficiency"),
 )  # fmt: skip
 
-SCALES = {  # seeds; steps of the language model; texts kept; penalties; steps per dictionary; texts scored; prompts
-    "smoke": (1, 4, 16, (1e-3, 1e-2), 4, 4, 2),
-    "small": (2, 400, 1000, (1e-3, 3e-3, 1e-2), 700, 32, 24),
-    "full": (2, 1000, 1900, (5e-4, 1e-3, 3e-3, 5e-3, 1e-2), 2500, 256, 100),
-}  # fmt: skip
+SCALES = Scales(  # seeds; steps of the language model; texts kept; penalties; steps a dictionary; texts scored; prompts
+    smoke=(1, 4, 16, (1e-3, 1e-2), 4, 4, 2),
+    small=(2, 400, 1000, (1e-3, 3e-3, 1e-2), 700, 32, 24),
+    full=(2, 1000, 1900, (5e-4, 1e-3, 3e-3, 5e-3, 1e-2), 2500, 256, 100),
+)  # fmt: skip
 RULES = {  # fixed before the first run: the worst seed of each; (at least, at most)
     "transcoder, of what zero-ablation costs, recovered at L0 <= 20": (0.85, 1.01),
     "transcoder's excess loss / autoencoder's at equal L0": (-99.0, 2.0),
@@ -61,11 +61,8 @@ def experiment(scale: str = "small") -> Any:
     """Train transcoders and autoencoders of a small model's first MLP; return `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, *sizes) = time.perf_counter(), SCALES[scale]
     runs = [_run(seed, *sizes) for seed in range(seeds)]
     worst = min(found[0] for _, found in runs), max(found[1] for _, found in runs)

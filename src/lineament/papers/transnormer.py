@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="transnormer",
@@ -47,9 +47,9 @@ RECORD = Paper(
     related=("lightning-attention-2", "lightnet", "hedgehog"),
 )
 
-SCALES = {  # seeds, training steps. "smoke": the mechanics only; three seeds don't fit the time of "small"
-    "smoke": (1, 3), "small": (2, 200), "medium": (3, 200), "full": (3, 2000),
-}  # fmt: skip
+SCALES = Scales(  # seeds, training steps. "smoke": the mechanics only; three seeds don't fit the time of "small"
+    smoke=(1, 3), small=(2, 200), medium=(3, 200), full=(3, 2000),
+)  # fmt: skip
 EPS, SHRUNK = 1e-5, (1.0, 0.1, 0.01, 0.001)  # inside the norm's root; what the features are multiplied by
 RULES = {  # fixed before the first run; losses are means over seeds; (at least, at most)
     "gradient of the divided form, last / first": (1e4, 1e12),
@@ -72,11 +72,8 @@ def experiment(scale: str = "small") -> Any:
     """Measure exact gradients as features shrink, then train four character models; returns `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (seeds, steps) = time.perf_counter(), SCALES[scale]
     steep, (losses, near) = _gradients(), _trained(seeds, steps)
     mean = {arm: sum(of) / len(of) for arm, of in losses.items()}

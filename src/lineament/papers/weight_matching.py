@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .record import Figure, Paper
+from .record import Figure, Paper, Scales
 
 RECORD = Paper(
     slug="weight-matching",
@@ -56,9 +56,9 @@ RECORD = Paper(
     related=("lmc-landscape", "neural-circuit-diagrams", "fireq"),
 )  # fmt: skip
 
-SCALES = {  # pairs; width, epochs and straight-through steps of the MLPs; epochs and orders of the ResNets
-    "smoke": (1, 16, 2, 3, 1, 1), "small": (3, 128, 60, 300, 25, 10), "full": (5, 512, 60, 1500, 40, 10),
-}  # fmt: skip
+SCALES = Scales(  # pairs; width, epochs and straight-through steps of the MLPs; epochs and orders of the ResNets
+    smoke=(1, 16, 2, 3, 1, 1), small=(3, 128, 60, 300, 25, 10), full=(5, 512, 60, 1500, 40, 10),
+)  # fmt: skip
 SEED = 1000  # other seeds than the pilot's
 RULES = {  # fixed before the first run; the worst of all pairs, but for the ratios of means; (at least, at most)
     "MLP: barrier before / after matching": (5.0, 1e9),
@@ -77,11 +77,8 @@ def experiment(scale: str = "small") -> Any:
     """Match independently trained pairs of MLPs and ResNet20-size nets on digits, as `report.Evidence`."""
     import time
 
-    from lineament._base.errors import unknown
     from lineament.report import Evidence
 
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
     began, (pairs, *dense, epochs, orders) = time.perf_counter(), SCALES[scale]
     rows = [row for i in range(pairs) for row in _mlp(i, *dense)]
     rows += [row for i in range(pairs) for row in _resnet(i, epochs, orders)]
