@@ -46,6 +46,25 @@ def test_training_lowers_the_loss_and_logs_every_step(tmp_path):
     assert sum(seen[-3:]) < sum(seen[:3])
 
 
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_run_alone_is_the_plain_loop_to_the_bit(clip):
+    model, plain = network().eval(), network().eval()
+    config = FitConfig(steps=6, lr=1e-2, schedule="constant", weight_decay=0.1, clip=clip)
+    fit(model, batches, loss, config)
+    groups = [[p for p in plain.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-2,
+        betas=config.betas, eps=config.eps,
+    )  # fmt: skip
+    for step in range(6):
+        loss(plain, batches(step))[0].backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(weights(model), weights(plain))
+
+
 class Stop(Exception):
     pass
 

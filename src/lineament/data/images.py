@@ -142,7 +142,12 @@ def image_batches(images: Images, size: int, *, seed: int = 0) -> Callable[[int]
     A pure function of the step, as `train.fit` wants it; the last images of an order that fill no batch are left out.
     """
     rows = epoch_rows(len(images), size, seed=seed, what="images")
-    return lambda step: (images.pixels[rows(step)], images.labels[rows(step)])
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        chosen = rows(step)
+        return images.pixels[chosen], images.labels[chosen]
+
+    return batch
 
 
 def normalized(parts: Iterable[Images]) -> list[Images]:

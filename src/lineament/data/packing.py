@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -188,8 +189,12 @@ def epoch_rows(count: int, size: int, *, seed: int, what: str) -> Callable[[int]
     if per_epoch < 1:
         raise InputError(f"a batch of {size} {what} was asked of {count}; give more {what} or a smaller batch")
 
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> Tensor:
+        return torch.randperm(count, generator=generator(seed * 1_000_003 + epoch))
+
     def rows(step: int) -> Tensor:
         epoch, at = divmod(step, per_epoch)
-        return torch.randperm(count, generator=generator(seed * 1_000_003 + epoch))[at * size : (at + 1) * size]
+        return order(epoch)[at * size : (at + 1) * size]
 
     return rows

@@ -106,7 +106,11 @@ class _Run:
         self.parameters = {names[p]: p for group in groups for p in group["params"]}
         self.buffers = checkpoint.persistent_buffers(model)
         self.model, self.wrapped = accelerator.prepare(model, optimizer)
-        self.optimizer = optimizer
+        self.optimizer, self.backward = optimizer, accelerator.backward
+        scaled = accelerator.scaler is not None or accelerator.gradient_accumulation_steps != 1
+        self.alone = accelerator.distributed_type.value == "NO" and not scaled
+        if self.alone:  # then accelerate would only search, at every step, for packages that aren't there
+            self.wrapped, self.backward = optimizer, Tensor.backward
         # sharded parameters can't be saved by name; such a run is not resumable in the middle
         self.by_name = accelerator.distributed_type.value in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")
 
@@ -143,7 +147,7 @@ class _Run:
             last = index + 1 == len(mine)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 value, numbers = self._forward(loss, batch)
-                self.accelerator.backward(value / len(mine))
+                self.backward(value / len(mine))
             for name, number in {"loss": float(value.detach()), **numbers}.items():
                 total[name] = total.get(name, 0.0) + float(number) / len(mine)
         total = self._averaged(total)
@@ -161,8 +165,12 @@ class _Run:
             return loss(self.model, _to(batch, self.accelerator.device))
 
     def _clip(self) -> float:
-        limit = math.inf if self.config.clip is None else self.config.clip
-        return float(self.accelerator.clip_grad_norm_(list(self.model.parameters()), limit))  # pyright: ignore[reportArgumentType]
+        limit, learning = math.inf if self.config.clip is None else self.config.clip, list(self.model.parameters())
+        if not self.alone:
+            return float(self.accelerator.clip_grad_norm_(learning, limit))  # pyright: ignore[reportArgumentType]
+        if math.isinf(limit):
+            return float(nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
+        return float(nn.utils.clip_grad_norm_(learning, limit))
 
     def _averaged(self, numbers: dict[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
