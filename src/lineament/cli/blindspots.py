@@ -29,5 +29,4 @@ def blindspots(
 
     quiet()
     found = walk(model, image, target, steps=steps, rate=rate, parallel=parallel, tolerance=tolerance, slope=slope)
-    written = [found.write_html(html)] if html else []
-    answer(found, json, *written)
+    answer(found, json, html=html)

@@ -1,6 +1,5 @@
 """`lineament circuit`: which edges or nodes of a language model do a task."""
 
-import json as jsons
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +40,6 @@ def circuit(
     from lineament.cli.messages import answer, quiet, work_folder
     from lineament.convert.progress import Progress
     from lineament.explain.circuit_page import circuit_of
-    from lineament.io import write_text
 
     quiet()
     with Progress() as progress:
@@ -50,9 +48,6 @@ def circuit(
             level=level, method=method, ablation=ablation, size=size, faithful=faithful, said=progress.step,
             work=work_folder(work, html, png, out),
         )  # fmt: skip
-    written = [found.write_html(html)] if html else []
-    written += [found.write_png(png)] if png else []
-    written += [write_text(out, jsons.dumps(found.to_json(), indent=2))] if out else []
-    answer(found, json, *written)
+    answer(found, json, html=html, png=png, out=out)
     if not found.reached:
         raise typer.Exit(1)

@@ -42,5 +42,4 @@ def depth(
             model, text=data, texts=texts, tokens=tokens, cuts=cuts, to=to, levels=given, seed=seed,
             progress=progress.step, work=work_folder(work, html),
         )  # fmt: skip
-    written = [found.write_html(html)] if html else []
-    answer(found, json, *written)
+    answer(found, json, html=html)

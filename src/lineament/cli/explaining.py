@@ -29,9 +29,7 @@ def explain(
 
     quiet()
     found = _read(explain_text, explain_image, model, text, image, target, rules=rules)
-    written = [found.write_html(html)] if html else []
-    written += [found.write_png(png)] if png else []
-    answer(found, json, *written)
+    answer(found, json, html=html, png=png)
 
 
 def scope(
@@ -55,8 +53,7 @@ def scope(
     quiet()
     choices = {"singular": singular, "center": center, "gate": gate}
     found = _read(scope_text, scope_image, model, text, image, target, **choices)
-    written = [found.write_html(html)] if html else []
-    answer(found, json, *written)
+    answer(found, json, html=html)
 
 
 def _read(

@@ -43,7 +43,11 @@ def notes(error: BaseException) -> list[str]:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout, for machines."""
-    print(json.dumps(value, indent=2, default=str))
+    print(_json_text(value))
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, default=str)
 
 
 def show(*parts: Any) -> None:
@@ -52,12 +56,25 @@ def show(*parts: Any) -> None:
         STDOUT.print(escape(part) if isinstance(part, str) else part)
 
 
-def answer(found: Any, json: bool, *written: Path | None) -> None:
-    """Print what a command found, as JSON or as its tables and the files that were written."""
+def answer(
+    found: Any, json: bool, *written: Path | None, html: Path | None = None, png: Path | None = None,
+    out: Path | None = None,
+) -> None:  # fmt: skip
+    """Write the files that a command was asked for, and print what it found, as JSON or as its tables and the files.
+
+    Args:
+        found: has `to_json` and `tables`, and `write_html` and `write_png` if such files may be asked for.
+        written: files that are there already. html, png, out: where a page, a picture and the JSON go.
+    """
+    from lineament.io import write_text
+
+    made = [found.write_html(html)] if html else []
+    made += [found.write_png(png)] if png else []
+    made += [write_text(out, _json_text(found.to_json()))] if out else []
     if json:
         print_json(found.to_json())
     else:
-        show(*found.tables(), *(f"written: {path}" for path in written if path is not None))
+        show(*found.tables(), *(f"written: {path}" for path in (*written, *made) if path is not None))
 
 
 def quiet() -> None:

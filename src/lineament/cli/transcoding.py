@@ -1,6 +1,5 @@
 """`lineament transcode`: train transcoders and autoencoders, score them, look at their features and their graphs."""
 
-import json as jsons
 from pathlib import Path
 from typing import Annotated
 
@@ -85,7 +84,7 @@ def evaluate(
             model, dictionaries, texts=data or WIKI, tokens=tokens, length=length, ks=k or (),
             activations=None if activations is None else str(activations), said=progress.step,
         )  # fmt: skip
-    answer(found, json, found.write_html(html) if html else None)
+    answer(found, json, html=html)
     first = next(score for score in found.scores if score.l0 is not None)
     if at_least is not None and first.recovered < at_least:
         raise typer.Exit(1)
@@ -120,7 +119,7 @@ def dashboard(
             model, dictionary, features=feature, count=count, texts=data or WIKI, tokens=tokens, length=length,
             activations=None if activations is None else str(activations), said=progress.step,
         )  # fmt: skip
-    answer(found, json, found.write_html(html) if html else None)
+    answer(found, json, html=html)
 
 
 @transcode.command("graph")
@@ -144,7 +143,6 @@ def graph(
     from lineament.cli.messages import answer, quiet
     from lineament.convert.progress import Progress
     from lineament.explain.dictionaries.reading import graph_by_name
-    from lineament.io import write_text
 
     quiet()
     with Progress() as progress:
@@ -152,10 +150,7 @@ def graph(
             model, dictionaries, text, target=target, most_features=most_features, keep_nodes=keep_nodes,
             keep_edges=keep_edges, said=progress.step,
         )  # fmt: skip
-    written = [found.write_html(html)] if html else []
-    written += [found.write_png(png)] if png else []
-    written += [write_text(out, jsons.dumps(found.to_json(), indent=2))] if out else []
-    answer(found, json, *written)
+    answer(found, json, html=html, png=png, out=out)
 
 
 @transcode.command("circuit")
@@ -181,7 +176,6 @@ def circuit(
     from lineament.cli.messages import answer, quiet
     from lineament.convert.progress import Progress
     from lineament.explain.dictionaries.feature_tasks import feature_circuit_by_name
-    from lineament.io import write_text
 
     quiet()
     with Progress() as progress:
@@ -189,9 +183,6 @@ def circuit(
             model, dictionaries, task, prompts=prompts, seed=seed, method=method, size=size, faithful=faithful,
             said=progress.step,
         )  # fmt: skip
-    written = [found.write_html(html)] if html else []
-    written += [found.write_png(png)] if png else []
-    written += [write_text(out, jsons.dumps(found.to_json(), indent=2))] if out else []
-    answer(found, json, *written)
+    answer(found, json, html=html, png=png, out=out)
     if not found.reached:
         raise typer.Exit(1)
