@@ -1,8 +1,11 @@
 """Problems are named before anything is loaded; the budget becomes steps."""
 
-import pytest
+from contextlib import nullcontext
 
-from lineament.convert.budget import Timing, resolve_budget
+import pytest
+import torch
+
+from lineament.convert.budget import Timing, resolve_budget, seconds_per_step
 from lineament.convert.check import check
 from lineament.convert.inspect import ModelInfo, inspection, kept_count, memory_plan, state_bytes
 from lineament.convert.plan import Plan
@@ -94,6 +97,16 @@ def test_a_budget_becomes_steps():
     assert alone.transfer_steps == int((600 * 0.92 - 5) / 2)
     assert resolve_budget(Plan(), timing) == Plan()
     assert plan.transfer_pool == Plan().transfer_pool
+
+
+def test_timed_batches_come_to_where_the_module_is():
+    module = torch.nn.Linear(2, 3, device="meta")
+
+    def loss(module, batch):
+        assert batch["x"][0].is_meta
+        return module(batch["x"][0]).sum(), {}
+
+    assert seconds_per_step(module, loss, lambda step: {"x": [torch.ones(4, 2)]}, context=nullcontext) > 0
 
 
 def test_a_small_budget_makes_the_pool_smaller_before_it_gives_up_steps():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lineament._base.seeds import seeded
 from lineament.convert.plan import Plan, parse_budget
+from lineament.train import to_device
 
 MARGIN = 0.92  # checkpoints, logging and a busy machine take their part
 LEAST = 2  # steps
@@ -46,20 +47,28 @@ def seconds_per_step(
     """Time forward and backward of a few steps without changing a weight.
 
     Args:
+        batches: index -> batch, moved to where the module is, as `train.fit` does.
         context: makes the autocast context. optimiser: factor for the update, which is not run.
     """
+    device = next(module.parameters()).device
     with seeded(0):
         for step in range(-1, steps):
             if step == 0:
+                _finish()
                 start = time.perf_counter()
             with context():
-                value, _ = loss(module, batches(max(step, 0)))
+                value, _ = loss(module, to_device(batches(max(step, 0)), device))
             if value.requires_grad:
                 value.backward()
             module.zero_grad(set_to_none=True)
+    _finish()
+    return (time.perf_counter() - start) / steps * optimiser
+
+
+def _finish() -> None:
+    """Wait for a GPU, which works on while the clock is read."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps * optimiser
 
 
 def resolve_budget(plan: Plan, timing: Timing) -> Plan:

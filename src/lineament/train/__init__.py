@@ -2,7 +2,7 @@
 
 from lineament.train.config import OPTIMIZERS, SCHEDULES, FitConfig
 from lineament.train.kar3 import Kar3
-from lineament.train.loop import Fitted, TrainingError, fit
+from lineament.train.loop import Fitted, TrainingError, fit, to_device
 from lineament.train.sweep import SweepError, finished, sweep
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "finished",
     "fit",
     "sweep",
+    "to_device",
 ]

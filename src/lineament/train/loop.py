@@ -162,7 +162,7 @@ class _Run:
     def _forward(self, loss: Loss, batch: Any) -> tuple[Tensor, Mapping[str, float]]:
         device = self.accelerator.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return loss(self.model, _to(batch, self.accelerator.device))
+            return loss(self.model, to_device(batch, self.accelerator.device))
 
     def _clip(self) -> float:
         limit, learning = math.inf if self.config.clip is None else self.config.clip, list(self.model.parameters())
@@ -263,13 +263,19 @@ def _rows(batch: Any, rank: int, world: int) -> Any:
     return batch.chunk(world)[rank]
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on a device: a tensor, or mappings, tuples and lists of any depth with tensors.
+
+    Example:
+        >>> to_device({"ids": torch.zeros(2), "name": "a"}, torch.device("meta"))["ids"].is_meta
+        True
+    """
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: _to(value, device) for name, value in batch.items()}
+        return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_to(value, device) for value in batch)
+        return type(batch)(to_device(value, device) for value in batch)
     return batch
 
 
