@@ -120,6 +120,10 @@ def activation(s: "Step") -> None:
         slope = s.vjp(message.coef)[0] if s.name in _PIECEWISE else None
         if slope is not None:  # phi(x) / x is the gradient
             coef = slope
+        elif s.name == "Silu":
+            coef = message.coef * s.value(0).sigmoid()
+        elif s.name == "Gelu" and s.argument("approximate", "none") == "none":
+            coef = message.coef * torch.special.ndtr(s.value(0))
         else:
             x, y = s.value(0), s.result()
             small = x.abs() < NEAR_ZERO

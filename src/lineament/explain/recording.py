@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,21 +114,27 @@ class _Recorder(TorchDispatchMode):
 
     def _note(self, func: Any, args: tuple, kwargs: dict) -> None:
         slots: list[Slot] = []
-        mutable = func._schema.is_mutable
+        mutable, name = _facts(func)
 
         def keep(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            if x.requires_grad:
-                slots.append(Slot(len(slots)))
-                return slots[-1]
-            return x.clone() if mutable else x
+            if isinstance(x, Tensor):
+                if x.requires_grad:
+                    slots.append(Slot(len(slots)))
+                    return slots[-1]
+                return x.clone() if mutable else x
+            return type(x)(map(keep, x)) if type(x) in (list, tuple) else x
 
-        kept = pytree.tree_map(keep, (args, kwargs))
+        call = Call(func, tuple(map(keep, args)), {name: keep(x) for name, x in kwargs.items()})
         if slots:
             # before an operator in place, autograd may copy what it overwrites, which takes numbers too
             for back in (1, 2, 3) if mutable else (1,):
-                self.calls.setdefault((_number() - back, plain_name(func._schema.name)), Call(func, *kept))
+                self.calls.setdefault((_number() - back, name), call)
+
+
+@cache
+def _facts(func: Any) -> tuple[bool, str]:
+    """Return whether an operator writes into its arguments, and the name that it shares with its node."""
+    return func._schema.is_mutable, plain_name(func._schema.name)
 
 
 def _number() -> int:
