@@ -73,9 +73,11 @@ def language_model(layers: int = 4, width: int = 64, length: int = 32) -> tuple[
 
 def saved_model(folder: str, length: int) -> tuple[nn.Module, Tensor]:
     """Return a Llama from a folder, with token numbers."""
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder).float().eval()
+    config = LlamaConfig.from_pretrained(folder)
+    config.rope_theta = config.rope_parameters["rope_theta"]  # the peer's transformers knows this name only
+    model = LlamaForCausalLM.from_pretrained(folder, config=config).float().eval()
     torch.manual_seed(1)
     return model, torch.randint(0, 40_000, (1, length))
 
