@@ -24,12 +24,10 @@ KINDS = [*sorted(BUILDERS), *PRODUCTS]
 
 def mixer(kind, full=(), **changes):
     torch.manual_seed(0)
-    fields = {"window": 6, "sinks": 2, "options": OPTIONS.get(kind, {}), **changes}
+    fields = {"value_width": K, "window": 6, "sinks": 2, "options": OPTIONS.get(kind, {}), **changes}
     if kind in PRODUCTS:
         kind, fields = "hedgehog-window", {**fields, "options": PRODUCTS[kind]}
-    config = MixerConfig(
-        kind=kind, heads=HQ, key_heads=HK, key_width=K, value_width=K, model_width=D, full_heads=full, **fields
-    )
+    config = MixerConfig(kind=kind, heads=HQ, key_heads=HK, key_width=K, model_width=D, full_heads=full, **fields)
     made = build(config).double()
     with torch.no_grad():
         for p in made.parameters():
@@ -37,9 +35,10 @@ def mixer(kind, full=(), **changes):
     return made.eval()
 
 
-def problem(length=T, seed=1):
+def problem(length=T, seed=1, value_width=K):
     g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(B, length, h, K, generator=g, dtype=torch.float64) * 0.6 for h in (HQ, HK, HK))
+    shapes = ((HQ, K), (HK, K), (HK, value_width))
+    q, k, v = (torch.randn(B, length, *shape, generator=g, dtype=torch.float64) * 0.6 for shape in shapes)
     return q, k, v, torch.randn(B, length, D, generator=g, dtype=torch.float64)
 
 
@@ -225,11 +224,12 @@ def test_a_fresh_delta_layer_passes_the_teachers_queries_on():
 
 
 @pytest.mark.skipif(not available("numba"), reason="numba is not installed")
-@pytest.mark.parametrize("key_norm", ["value", "query"])
+@pytest.mark.parametrize(("key_norm", "width"), [("value", K), ("query", K), ("value", 2 * K), ("value", K // 2)])
 @pytest.mark.parametrize("kind", ["gated-deltanet", "kda"])
 @torch.no_grad()
-def test_a_delta_layer_steps_by_a_loop_as_by_operators(kind, key_norm, monkeypatch):
-    m, parts, calls = mixer(kind, options={"key_norm": key_norm}), problem(), []
+def test_a_delta_layer_steps_by_a_loop_as_by_operators(kind, key_norm, width, monkeypatch):
+    m = mixer(kind, value_width=width, options={"key_norm": key_norm})
+    parts, calls = problem(value_width=width), []
     step = type(m.filling)._step
     monkeypatch.setattr(type(m.filling), "_step", lambda *args: calls.append(1) or step(*args))
     _, state = run(m, parts, slice(0, 9), state=LayerState())

@@ -135,11 +135,11 @@ class DeltaHeads(nn.Module):
         decay, beta, gate = down.split((len(weight) - heads - rank, heads, rank), dim=-1)
         decay = linear(decay, self.decay_up, self.decay_bias) if self.channels else decay + self.decay_bias
         gate = linear(gate, self.gate_up, self.gate_bias)  # type: ignore[arg-type]
-        out = torch.empty_like(q[:, 0])
+        out = memory.new_empty(len(q), self.config.heads, self.config.value_width)
         token = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), dim=-1)
-        read = compiled.arrays(token, taps, tail, decay, beta + self.beta_bias, rate, length)
+        read = compiled.arrays(token, taps, decay, beta + self.beta_bias, rate, length, gate)
         loop = import_module("lineament.nn.delta_loops").delta_heads_step_
-        loop(*read, self.key_norm == "value", *compiled.arrays(gate), OPENED, *compiled.arrays(memory, out))
+        loop(*read, self.key_norm == "value", OPENED, *compiled.written(tail, memory, out))
         return out.unsqueeze(1), DeltaState(memory, tail)
 
     def _once(self) -> tuple[Tensor, ...]:

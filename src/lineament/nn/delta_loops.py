@@ -34,12 +34,12 @@ def _sigmoid(x):
 
 
 @loop
-def delta_heads_step_(x, taps, tail, decay, beta, rate, length, lengthened, gate, opened, memory, out):
+def delta_heads_step_(x, taps, decay, beta, rate, length, gate, lengthened, opened, tail, memory, out):
     """Filter, normalise, gate, step and gate the output.
 
     x [B, (Hq + Hk) K + Hk V], side by side; decay [B, Hk c] and beta [B, Hk] before their nonlinearities, c = 1 or K;
-    length [Hk], what queries are multiplied by; lengthened: whether a key's length goes to its value; gate [B, Hq V]
-    before the sigmoid, which is `opened` at its start.
+    length [Hk], what queries are multiplied by; gate [B, Hq V] before the sigmoid, which is `opened` at its start;
+    lengthened: whether a key's length goes to its value. Changed: tail, memory [B, Hk, K, V]; filled: out [B, Hq, V].
     """
     rows, heads, keys, width = memory.shape
     queries, channels = out.shape[1], decay.shape[1] // heads

@@ -42,6 +42,12 @@ def arrays(*tensors: Tensor) -> list[Any]:
     return [(x.detach() if x.requires_grad else x).contiguous().numpy() for x in tensors]
 
 
+def written(*tensors: Tensor) -> list[Any]:
+    """Return numpy arrays on the memory of what a loop changes or fills, which must not be a copy."""
+    assert all(x.is_contiguous() for x in tensors)
+    return arrays(*tensors)
+
+
 def loop(function: Callable[..., Any], signature: tuple[Any, ...] | None = None) -> Callable[..., Any]:
     """Compile at the first call (at once for one signature if given), and keep the result where there is a place."""
     from numba import njit

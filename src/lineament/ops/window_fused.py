@@ -31,6 +31,6 @@ def product_step_(
         o [B, Hq, V].
     """
     out = torch.empty(*q.shape[:2], v.shape[-1], dtype=v.dtype)
-    own = compiled.arrays(q, k, v, weight, bias, *state, out)
+    own = (*compiled.arrays(q, k, v, weight, bias), *compiled.written(*state, out))
     import_module("lineament.ops.window_loops").product_step_(*own, window, sinks, DEPTH)
     return out

@@ -5,7 +5,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from lineament.ops.compiled import arrays, refused
+from lineament.ops.compiled import arrays, refused, written
 
 
 def decayed_step_(
@@ -97,7 +97,7 @@ def _looped(
     rates = state.new_empty(rows, heads, 0) if log_decay is None else log_decay
     rates = rates if rates.dim() == 3 else rates.unsqueeze(-1)
     read = (x if x.dtype == wide else x.to(wide) for x in (q, k, v, beta, rates))
-    import_module("lineament.ops.recurrence.step_loops").step_(*arrays(*read, state, o))
+    import_module("lineament.ops.recurrence.step_loops").step_(*arrays(*read), *written(state, o))
     return o if out is not None or v.dtype == wide else o.to(v.dtype)
 
 
