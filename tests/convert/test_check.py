@@ -21,7 +21,7 @@ INFO = ModelInfo(
     ("changes", "message"),
     [
         ({"keep": "0,9"}, "names layer 9; the model has layers 0 to 7"),
-        ({"keep": "auto:9"}, "asks for 9 layers; the model has 8"),
+        ({"keep": "auto:9"}, "asks for 9 layers; the model has 8 to convert"),
         ({"keep": "every:9"}, "keeps nothing in 8 layers"),
         ({"options": {"colour": 1}}, "has no option 'colour'"),
         ({"mixer": "kda", "transfer_loss": "attention-kl"}, "use output-mse"),
@@ -71,6 +71,13 @@ def test_sliding_layers_remember_their_window():
     state = state_bytes(slides, Plan(keep="none"))
     sliding, head = 2 * slides.key_heads * 2 * slides.head_width * 4 * 512, 2 * slides.head_width * 4 * 4096
     assert (long["teacher"], long["student"]) == (sliding + free * head, sliding + free * state)
+
+
+def test_a_model_of_sliding_layers_alone_is_refused():
+    slides = ModelInfo(**{**vars(INFO), "kept_layers": tuple(range(8)), "sliding_window": 512})
+    (problem,) = check(Plan(keep="none"), slides)
+    assert "sliding window of 512 tokens" in problem
+    assert "sliding_window to null" in problem
 
 
 def test_only_logits_that_are_held_count():

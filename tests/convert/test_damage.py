@@ -7,6 +7,7 @@ import torch
 from convert_helpers import tiny_llama
 
 from lineament._base.errors import InputError
+from lineament.convert.inspect import ModelInfo, kept_count
 from lineament.convert.measure import estimate_damage, measure_damage, with_slopes
 from lineament.convert.plan import Plan
 from lineament.convert.probe import limit_heads, mix_heads, probing
@@ -157,7 +158,27 @@ def test_keep_rules_choose():
     assert kept_heads(Plan(keep="auto:1"), 4, 2, scores) == {1: (0, 1)}
     assert kept_heads(Plan(keep="auto-heads:0.4"), 4, 2, scores) == {1: (1,), 2: (0, 1)}
     assert sum(map(len, kept_heads(Plan(keep="auto-heads:0.25"), 4, 2, scores).values())) == 2
-    assert kept_heads(Plan(keep="auto-heads:0.1"), 4, 2, scores) == {}
+    assert kept_heads(Plan(keep="auto-heads:0.1"), 4, 2, scores) == {1: (1,)}  # at least one
+    assert kept_heads(Plan(keep="auto-heads:0"), 4, 2, scores) == {}
+
+
+def test_keep_rules_count_only_layers_that_may_be_converted():
+    worth = [[1.0] if i % 6 < 5 else [0.1 * i] for i in range(18)]  # as in Gemma 3: layers 5, 11 and 17 don't slide
+    scores = DamageTable(teacher="t", window=8, sinks=2, perplexity=worth, kl=worth, retrieval=worth)
+    sliding = [i for i in range(18) if i % 6 < 5]
+    info = ModelInfo(
+        name="m", kind="gemma3_text", layers=18, heads=4, key_heads=1, head_width=8, width=32, vocabulary=99,
+        kept_layers=tuple(sliding),
+    )  # fmt: skip
+    for keep, expected in {
+        "auto-heads:0.25": [17], "auto-heads:0.7": [11, 17], "auto:1": [17], "all": [5, 11, 17], "every:12": [11],
+        "0,5": [5], "none": [],
+    }.items():  # fmt: skip
+        plan = Plan(keep=keep)
+        assert list(kept_heads(plan, 18, 1, scores, sliding=sliding)) == expected, keep
+        assert kept_count(info, plan) == len(expected), keep
+    with pytest.raises(InputError, match="the model has 3 to convert"):
+        kept_heads(Plan(keep="auto:4"), 18, 1, scores, sliding=sliding)
 
 
 def test_keep_rules_refuse():

@@ -188,6 +188,11 @@ def test_a_model_is_named_by_its_weights():
     assert teacher_digest(one) == teacher_digest(tiny_llama()) != teacher_digest(other)
 
 
+def test_layers_that_slide_are_seen_from_the_config_alone():
+    assert look((tiny_teacher("mistral", sliding_window=8), None)).kept_layers == (0, 1, 2)
+    assert look((tiny_teacher("mistral", sliding_window=None), None)).kept_layers == ()
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "qwen3", "gemma3_text", "phi3"])
 def test_every_family_is_taken_apart(family):
     teacher = tiny_teacher(family)

@@ -164,7 +164,23 @@ def test_an_unknown_architecture_names_its_modules_and_the_row_to_write():
 def test_a_family_is_a_row():
     assert ADAPTERS["mistral"] == Adapter(model_type="mistral")
     assert models.attentions(tiny_teacher("opt"))[2][0] == "model.decoder.layers.2.self_attn"
-    assert models.sliding_layers(tiny_teacher("gemma3_text").config) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "sliding"),
+    [
+        ("gemma3_text", {}, (0,)),
+        ("llama", {}, ()),
+        ("mistral", {"sliding_window": 8}, (0, 1, 2)),  # no layer_types: the window is every layer's
+        ("mistral", {"sliding_window": None}, ()),
+        ("mistral", {"sliding_window": 256}, ()),  # of 256 positions
+        ("phi3", {"sliding_window": 8}, (0, 1, 2)),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, (1, 2)),
+        ("qwen2", {"sliding_window": 8}, ()),
+    ],
+)
+def test_sliding_layers(family, changes, sliding):
+    assert models.sliding_layers(tiny_teacher(family, **changes).config) == sliding
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,22 @@ def check(plan: Plan, info: ModelInfo, out: Path | None = None, *, memory: int |
         >>> check(Plan(keep="0,7"), tiny)
         ["keep '0,7' names layer 7; the model has layers 0 to 1"]
     """
-    return [*_keep(plan, info), *_mixer(plan), *_lengths(plan, info), *_room(plan, info, out, memory)]
+    return [*_layers(info), *_keep(plan, info), *_mixer(plan), *_lengths(plan, info), *_room(plan, info, out, memory)]
 
 
 def require_fit(plan: Plan, info: ModelInfo, out: Path | None = None) -> None:
     """Raise InputError with every problem that `check` finds."""
     if problems := check(plan, info, out):
         raise InputError("; ".join(problems))
+
+
+def _layers(info: ModelInfo) -> Iterator[str]:
+    if info.kept_layers and len(info.kept_layers) == info.layers:
+        yield (
+            f"every layer of the model attends to a sliding window of {info.sliding_window} tokens already, so nothing "
+            "is left to convert; to convert it as full attention, set sliding_window to null in its config.json "
+            "(config.sliding_window = None of a loaded model) and see what that costs first"
+        )
 
 
 def _keep(plan: Plan, info: ModelInfo) -> Iterator[str]:
@@ -43,8 +52,9 @@ def _keep(plan: Plan, info: ModelInfo) -> Iterator[str]:
         for number in numbers:
             if number > last:
                 yield f"keep {plan.keep!r} names layer {int(number)}; the model has layers 0 to {last}"
-    if rule == "auto" and numbers[0] > info.layers:
-        yield f"keep {plan.keep!r} asks for {int(numbers[0])} layers; the model has {info.layers}"
+    free = info.layers - len(info.kept_layers)
+    if rule == "auto" and numbers[0] > free:
+        yield f"keep {plan.keep!r} asks for {int(numbers[0])} layers; the model has {free} to convert"
     if rule == "every" and numbers[0] > info.layers:
         yield f"keep {plan.keep!r} keeps nothing in {info.layers} layers; say none, or a smaller step"
     if info.heads % info.key_heads:

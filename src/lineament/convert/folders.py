@@ -101,7 +101,7 @@ def inspect(model: Model, plan: Plan | str = "default", *, contexts: Sequence[in
         raise InputError("; ".join(problems))
     full: Heads | None = None
     if not parse_keep(plan.keep)[0].startswith("auto"):
-        full = kept_heads(plan, info.layers, info.key_heads)
+        full = kept_heads(plan, info.layers, info.key_heads, sliding=info.kept_layers)
     return inspection(info, plan, full, contexts)
 
 

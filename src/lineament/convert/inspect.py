@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lineament.convert.plan import Plan, parse_keep
+from lineament.models.adapters import sliding_layers
 from lineament.tasks.predictions import CHUNK
 
 STATE_BYTES = 4  # states are float32
@@ -43,7 +44,6 @@ def info_from_config(config: Any, *, name: str, parameters: int = 0, weight_byte
     """Read a `ModelInfo` off a transformers config (its text part when it has several)."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = int(text.num_attention_heads)
-    kinds = list(getattr(text, "layer_types", None) or [])
     return ModelInfo(
         name=name,
         kind=config.model_type,
@@ -55,7 +55,7 @@ def info_from_config(config: Any, *, name: str, parameters: int = 0, weight_byte
         vocabulary=int(text.vocab_size),
         parameters=parameters,
         positions=int(getattr(text, "max_position_embeddings", 0) or 0),
-        kept_layers=tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention"),
+        kept_layers=sliding_layers(text),
         sliding_window=int(getattr(text, "sliding_window", None) or 0),
         weight_bytes=weight_bytes,
     )
@@ -103,12 +103,22 @@ def kept_count(info: ModelInfo, plan: Plan) -> int:
     if rule == "all":
         return total
     if rule == "auto-heads":
-        return int(numbers[0] * total + 1e-9)
+        return head_count(numbers[0], total)
     if rule == "auto":
         return min(int(numbers[0]), len(free)) * info.key_heads
     if rule == "every":
         return sum(i % int(numbers[0]) == int(numbers[0]) - 1 for i in free) * info.key_heads
     return sum(i in numbers for i in free) * info.key_heads if rule == "layers" else 0
+
+
+def head_count(share: float, total: int) -> int:
+    """Return how many of `total` heads a share keeps: rounded down, but at least one of a share above 0.
+
+    Example:
+        >>> head_count(0.25, 90), head_count(0.25, 3), head_count(0.0, 90)
+        (22, 1, 0)
+    """
+    return max(int(share * total + 1e-9), int(share > 0 and total > 0))
 
 
 def memory_plan(info: ModelInfo, plan: Plan) -> dict[str, int]:

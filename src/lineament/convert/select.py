@@ -5,8 +5,7 @@ the rise of the loss on text, the KL to the whole model, and the rise of the los
 """
 
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from lineament import io
 from lineament._base.errors import InputError
-from lineament.convert.inspect import SHARE_CONTEXT, product_numbers
+from lineament.convert.inspect import SHARE_CONTEXT, head_count, product_numbers
 from lineament.convert.plan import Plan, parse_keep
 
 SHIPPED = ("smollm2.json",)
@@ -106,17 +105,21 @@ def _share(table: list[list[float]]) -> list[list[float]]:
 Heads = dict[int, tuple[int, ...]]
 
 
-def kept_heads(plan: Plan, layers: int, key_heads: int, table: DamageTable | None = None) -> Heads:
+def kept_heads(
+    plan: Plan, layers: int, key_heads: int, table: DamageTable | None = None, *, sliding: Collection[int] = ()
+) -> Heads:
     """Apply a plan's keep rule.
 
     Args:
         layers: L. key_heads: key-value heads per layer. table: needed by the auto rules.
+        sliding: layers that a conversion never touches. They are neither ranked nor counted: a share is one of the
+            heads that may be converted, and a share above 0 keeps at least one of them.
 
     Returns:
         {layer: key-value heads that stay softmax}, only layers that keep some.
 
     Raises:
-        InputError: a layer outside the model, or more than there is.
+        InputError: a layer outside the model, or more than may be converted.
 
     Example:
         >>> kept_heads(Plan(keep="every:4"), 8, 2)
@@ -124,27 +127,28 @@ def kept_heads(plan: Plan, layers: int, key_heads: int, table: DamageTable | Non
     """
     rule, numbers = parse_keep(plan.keep)
     whole = tuple(range(key_heads))
+    free = [layer for layer in range(layers) if layer not in sliding]
     if rule == "none":
         return {}
     if rule == "all":
-        return dict.fromkeys(range(layers), whole)
+        return dict.fromkeys(free, whole)
     if rule == "every":
-        return dict.fromkeys(range(int(numbers[0]) - 1, layers, int(numbers[0])), whole)
+        return dict.fromkeys((i for i in free if (i + 1) % int(numbers[0]) == 0), whole)
     if rule == "layers":
         chosen = [int(n) for n in numbers]
         if outside := [n for n in chosen if n >= layers]:
             raise InputError(f"keep {plan.keep!r} names layer {outside[0]}; the model has layers 0 to {layers - 1}")
-        return dict.fromkeys(chosen, whole)
-    if rule == "auto" and numbers[0] > layers:
-        raise InputError(f"keep {plan.keep!r} asks for {int(numbers[0])} layers; the model has {layers}")
+        return dict.fromkeys((i for i in chosen if i in free), whole)
+    if rule == "auto" and numbers[0] > len(free):
+        raise InputError(f"keep {plan.keep!r} asks for {int(numbers[0])} layers; the model has {len(free)} to convert")
     if table is None:
         raise InputError(f"keep {plan.keep!r} needs a damage table; measure one first")
     scores = table.scores()
     if rule == "auto":
-        order = sorted(range(layers), key=lambda i: (-sum(scores[i]), i))[: int(numbers[0])]
+        order = sorted(free, key=lambda i: (-sum(scores[i]), i))[: int(numbers[0])]
         return dict.fromkeys(sorted(order), whole)
-    count = math.floor(numbers[0] * layers * key_heads + 1e-9)
-    ranked = sorted(((i, h) for i in range(layers) for h in range(key_heads)), key=lambda p: (-scores[p[0]][p[1]], p))
+    count = head_count(numbers[0], len(free) * key_heads)
+    ranked = sorted(((i, h) for i in free for h in range(key_heads)), key=lambda p: (-scores[p[0]][p[1]], p))
     kept: dict[int, list[int]] = {}
     for layer, head in sorted(ranked[:count]):
         kept.setdefault(layer, []).append(head)

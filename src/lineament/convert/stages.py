@@ -135,9 +135,9 @@ def replace_device(sample: select.Sample, device: torch.device) -> select.Sample
 
 
 def kept(job: Job, table: DamageTable | None) -> Heads:
-    """Apply the keep rule; layers that a conversion never touches are left out."""
-    found = select.kept_heads(job.plan, job.info.layers, job.info.key_heads, table)
-    return {layer: heads for layer, heads in found.items() if layer not in job.info.kept_layers}
+    """Apply the keep rule to the layers that a conversion may touch."""
+    info = job.info
+    return select.kept_heads(job.plan, info.layers, info.key_heads, table, sliding=info.kept_layers)
 
 
 def inherit(job: Job, full: Heads, table: DamageTable | None, work: Path, progress: Progress) -> nn.Module:

@@ -167,9 +167,22 @@ def head_shape(config: Any) -> dict[str, int]:
 
 
 def sliding_layers(config: Any) -> tuple[int, ...]:
-    """Return the layers whose teacher attention is a sliding window already; conversions leave them as they are."""
+    """Return the layers whose teacher attention is a sliding window already; conversions leave them as they are.
+
+    Without `layer_types`, as in Mistral's and Phi-3's configs, `sliding_window` limits every layer, unless it is as long
+    as the model's context.
+
+    Example:
+        >>> from transformers import MistralConfig
+        >>> sliding_layers(MistralConfig(num_hidden_layers=2, sliding_window=4096, max_position_embeddings=32768))
+        (0, 1)
+    """
     text = config.get_text_config(decoder=True)
-    kinds = getattr(text, "layer_types", None) or []
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:
+        window, longest = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None)
+        limited = window and (not longest or window < longest)
+        kinds = ["sliding_attention"] * int(text.num_hidden_layers) if limited else []
     return tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
 
 
