@@ -27,7 +27,7 @@ INFO = ModelInfo(
         ({"mixer": "kda", "transfer_loss": "attention-kl"}, "use output-mse"),
         ({"mixer": "softmax-window", "window": 0, "sinks": 0}, "attends to nothing"),
         ({"mixer": "lolcats", "window": 0}, "needs a window"),
-        ({"distil_lengths": (8192,)}, "made for 4096 positions"),
+        ({"distil_lengths": (8192,)}, "made for 4096 positions; --set distil_lengths=2048,4096"),
     ],
 )
 def test_each_problem_is_named(changes, message):

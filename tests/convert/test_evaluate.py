@@ -13,7 +13,7 @@ from lineament.convert.parts import parts
 from lineament.convert.plan import Plan
 from lineament.convert.scores import Scores
 from lineament.convert.text import load_documents
-from lineament.models import build_student
+from lineament.models import build_student, tiny_teacher
 from lineament.report import Evidence
 from lineament.tasks.perplexity import context_gain, gain_kept, perplexity
 
@@ -108,6 +108,20 @@ def test_numbers_are_those_of_the_tasks(whole, models, texts):
 def test_a_length_without_room_is_said(models, texts):
     found = measured(models, texts, lengths=(64,), retrieval_lengths=(100,), tokens=128)
     assert "give at least" in row_of(found, "retrieval any kind 100")["note"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_nothing_is_read_beyond_the_last_learned_position(texts, family):
+    teacher = tiny_teacher(family, vocab_size=256)
+    student = build_student(teacher, mixer_configs(PLAN, parts(teacher).shapes, {})).eval()
+    found = evaluate(
+        student, teacher, tiny_tokenizer(), texts=texts, lengths=(64, 512), tokens=256, prompts=2, speed=True,
+        on_row=(rows := []).append,
+    )  # fmt: skip
+    assert [row["measure"] for row in rows] == ["perplexity text 64"]
+    assert [row["measure"] for row in found.rows[1:]] == [
+        *(f"cache bytes {n}" for n in (512, 2048, 8192, 32768)), "decode tokens/s 128",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])

@@ -82,7 +82,11 @@ def _lengths(plan: Plan, info: ModelInfo) -> Iterator[str]:
             continue
         longest = max(getattr(plan, name))
         if longest > info.positions:
-            yield f"{name} has {longest}; the model was made for {info.positions} positions"
+            half = max(2, info.positions // 2)
+            yield (
+                f"{name} has {longest}; the model was made for {info.positions} positions; "
+                f"--set {name}={half},{info.positions}"
+            )
 
 
 def _room(plan: Plan, info: ModelInfo, out: Path | None, memory: int | None) -> Iterator[str]:

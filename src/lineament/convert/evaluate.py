@@ -1,5 +1,6 @@
 """Measure a student beside its teacher, and beside the baselines that it must beat."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from lineament.convert.scores import Numbers, Scores, model_digest
 from lineament.convert.thresholds import CACHE_CONTEXT, Bar, undecided, verdict
 from lineament.data import windows
 from lineament.graph import swapped
+from lineament.models.adapters import learned_positions
 from lineament.nn import build
 from lineament.report import Evidence
 from lineament.report.tables import table
@@ -33,6 +35,8 @@ from lineament.tasks.templates import KINDS
 Row = dict[str, Any]
 RETRIEVAL_LENGTHS = (512, 1024, 4096)
 SPEED_CONTEXTS = {"decode": (128, 2048, 8192, 32768), "prefill": (2048, 4096, 8192)}
+DECODED = 64  # positions that timing one token takes at most, after the context
+AGREEMENT_LENGTH = 1024
 GAIN_LENGTH, GAIN_TAIL = 2048, 512  # of a whole window, and of its end: scored, and read before that for comparison
 FEW_WINDOWS = 4  # fewer make no interval worth the name
 ABLE = 70.0  # percent of answer tokens that a teacher must get right for a comparison to say much
@@ -80,7 +84,8 @@ def evaluate(
 
     Args:
         texts: {name: test documents}, never trained on.
-        lengths: contexts of the perplexity; each document gives windows of that many tokens.
+        lengths: contexts of the perplexity; each document gives windows of that many tokens. Nothing is measured on
+            contexts longer than the teacher was made for.
         tokens: about how many tokens per text and length. prompts: retrieval questions per length, several of them on
             one text (`tasks.make_bodies`); 0 = none.
         untrained: window + sinks with the same softmax heads and the teacher's weights, the second baseline.
@@ -108,8 +113,7 @@ def evaluate(
     scores = Scores(folder, about)
     measure = _Measure(student.eval(), teacher.eval(), tokenizer, untrained, bar=bar, seed=seed, scores=scores)
     hay = Haystack([text for one in texts.values() for text in one], tokenizer)
-    limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
-    retrieval_lengths = [one for one in retrieval_lengths if limit is None or one <= limit]
+    lengths, retrieval_lengths = ([n for n in some if measure.fits(n)] for some in (lengths, retrieval_lengths))
     with torch.no_grad(), autocast(precision, device):
         for row in _quality_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, hay):
             rows.append(row)
@@ -174,6 +178,12 @@ class _Measure:
     def __init__(self, student, teacher, tokenizer, untrained, *, bar: Bar | None, seed: int, scores: Scores) -> None:
         self.student, self.teacher, self.tokenizer = student, teacher, tokenizer
         self.untrained, self.bar, self.seed, self.scores = untrained, bar, seed, scores
+        self.limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self.last = learned_positions(teacher.config) or math.inf
+
+    def fits(self, length: int) -> bool:
+        """Say whether the teacher was made for contexts of that length."""
+        return length <= self.limit
 
     def _models(self) -> dict[str, AbstractContextManager[Any]]:
         """Return every model, as a context manager that gives it or None."""
@@ -258,13 +268,13 @@ class _Measure:
         return row | {"goal": goal, "verdict": verdict(-gap, goal)}
 
     def agreements(self, texts, tokens) -> Iterator[Row]:
-        for name, documents in texts.items():
-            ids = self._windows(documents, 1024, tokens // 4)
+        for name, documents in texts.items() if self.fits(AGREEMENT_LENGTH) else ():
+            ids = self._windows(documents, AGREEMENT_LENGTH, tokens // 4)
             if ids is not None:
                 found = self.scores.once(f"agreement {name}", partial(self._agreement, ids))
                 kl, top1 = float(found["kl"]), float(found["top1"])
-                yield {"measure": f"KL to teacher {name} 1024", "student": kl, "teacher": 0.0}
-                yield {"measure": f"same next token {name} 1024", "student": top1, "teacher": 1.0}
+                yield {"measure": f"KL to teacher {name} {AGREEMENT_LENGTH}", "student": kl, "teacher": 0.0}
+                yield {"measure": f"same next token {name} {AGREEMENT_LENGTH}", "student": top1, "teacher": 1.0}
 
     def _agreement(self, ids: Tensor) -> Numbers:
         found = agreement(self.student, self.teacher, ids)
@@ -272,7 +282,7 @@ class _Measure:
 
     def gains(self, texts, lengths, tokens) -> Iterator[Row]:
         """Yield what context is worth; its long reading is that of the perplexity where that length is measured."""
-        for name, documents in texts.items():
+        for name, documents in texts.items() if self.fits(GAIN_LENGTH) else ():
             ids = self._windows(documents, GAIN_LENGTH, tokens if GAIN_LENGTH in lengths else tokens // 2)
             if ids is None:
                 continue
@@ -301,7 +311,8 @@ class _Measure:
         if speed:
             pair = {"student": self.student, "teacher": self.teacher}
             for what, time_both in (("decode", decode_speed), ("prefill", prefill_speed)):
-                for length in SPEED_CONTEXTS[what]:
+                room = DECODED if what == "decode" else 0
+                for length in (n for n in SPEED_CONTEXTS[what] if n + room <= self.last):
                     yield _speed_row(f"{what} tokens/s {length}", time_both(pair, length))
 
 

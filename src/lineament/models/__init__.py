@@ -8,7 +8,8 @@
   attention module gets a child `mixer` (`nn.ConvertedHeads`, its trainable part is `mixer.filling`).
 - `head_shape(config)`: heads, key_heads, key_width, value_width, model_width for `MixerConfig(kind=..., **shape)`.
 - `attentions(model) -> {layer: (name, module)}`, `mixers_of(student) -> {layer: ConvertedHeads}`,
-  `mixer_configs(config) -> {layer: MixerConfig}`, `sliding_layers(config)`, `adapter_for(model)`, `ADAPTERS`.
+  `mixer_configs(config) -> {layer: MixerConfig}`, `sliding_layers(config)`, `learned_positions(config)`,
+  `adapter_for(model)`, `ADAPTERS`.
 - `StudentCache(config)`: what students keep between calls; made by itself when needed. `.nbytes()`, `.save(path)`,
   `StudentCache.load(path, config)`, `crop(-n)` after `activate_past_recording()`, beam reorder, row select and repeat.
 - `load_teacher(name) -> (model, tokenizer)`: a folder, a Hub name, a .gguf file, or "smollm2"; `find_model(name)` gives
@@ -32,7 +33,15 @@
 - `tiny_teacher(model_type)`, `tiny(model_type, kind)`: random models of every family, for tests.
 """
 
-from lineament.models.adapters import ADAPTERS, Adapter, adapter_for, attentions, head_shape, sliding_layers
+from lineament.models.adapters import (
+    ADAPTERS,
+    Adapter,
+    adapter_for,
+    attentions,
+    head_shape,
+    learned_positions,
+    sliding_layers,
+)
 from lineament.models.cache import StudentCache
 from lineament.models.classifiers import (
     GridClassifier,
@@ -103,6 +112,7 @@ __all__ = [
     "find_model",
     "full_layers",
     "head_shape",
+    "learned_positions",
     "load_model",
     "load_teacher",
     "masked_classifier",

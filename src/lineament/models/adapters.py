@@ -27,6 +27,7 @@ class Adapter:
         writes: a layer's modules whose outputs are added to it.
         down: a layer's last linear map of the MLP, whose input are the neurons.
         norm: path of the norm before the head.
+        learns_positions: whether positions are rows of a learned table, so that none is further than its last.
     """
 
     model_type: str
@@ -41,6 +42,7 @@ class Adapter:
     writes: tuple[str, ...] = ("self_attn", "mlp")
     down: str = "mlp.down_proj"
     norm: str = "model.norm"
+    learns_positions: bool = False
 
     @property
     def where(self) -> str:
@@ -59,6 +61,7 @@ GPT2 = Adapter(
     writes=("attn", "mlp"),
     down="mlp.c_proj",
     norm="transformer.ln_f",
+    learns_positions=True,
 )
 GPT_NEOX = Adapter(
     model_type="gpt_neox",
@@ -83,6 +86,7 @@ OPT = Adapter(
     writes=(),
     down="fc2",
     norm="model.decoder.final_layer_norm",
+    learns_positions=True,
 )
 
 
@@ -166,11 +170,23 @@ def head_shape(config: Any) -> dict[str, int]:
     }
 
 
+def learned_positions(config: Any) -> int | None:
+    """Return how many positions a model can be given at all; None where they are computed, as by RoPE.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> learned_positions(GPT2Config())
+        1024
+    """
+    adapter = ADAPTERS.get(str(getattr(config, "model_type", "")).removeprefix(PREFIX))
+    return int(config.max_position_embeddings) if adapter is not None and adapter.learns_positions else None
+
+
 def sliding_layers(config: Any) -> tuple[int, ...]:
     """Return the layers whose teacher attention is a sliding window already; conversions leave them as they are.
 
-    Without `layer_types`, as in Mistral's and Phi-3's configs, `sliding_window` limits every layer, unless it is as long
-    as the model's context.
+    Without `layer_types`, as in Mistral's and Phi-3's configs, `sliding_window` limits every layer, unless it is as
+    long as the model's context.
 
     Example:
         >>> from transformers import MistralConfig

@@ -20,7 +20,7 @@ from transformers import DynamicCache, StaticCache
 
 from lineament._base.errors import InputError
 from lineament._base.seeds import generator
-from lineament.models import StudentCache, cache_nbytes, prefill
+from lineament.models import StudentCache, cache_nbytes, learned_positions, prefill
 from lineament.models.prefill import PIECE
 from lineament.tasks.predictions import plain
 
@@ -56,7 +56,8 @@ def filled_cache(model: nn.Module, context: int, *, static: bool = False, room: 
         raise InputError(f"the context is {context} tokens; expected at least 1")
     inner = plain(model)
     config = inner.config.get_text_config()
-    read = min(context, max(READ, getattr(config, "sliding_window", None) or 0))
+    longest = learned_positions(config) or context
+    read = min(context, max(READ, getattr(config, "sliding_window", None) or 0), longest)
     ids = torch.randint(config.vocab_size, (1, read), generator=generator(seed)).to(next(inner.parameters()).device)
     cache = new_cache(model, context + room, static=static)
     inner(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
