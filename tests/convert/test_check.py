@@ -80,6 +80,21 @@ def test_a_model_of_sliding_layers_alone_is_refused():
     assert "sliding_window to null" in problem
 
 
+def test_squashed_logits_and_students_are_refused():
+    squashes = ModelInfo(**{**vars(INFO), "softcap": 50.0})
+    plain = {"mixer": "kda", "window": 0, "sinks": 0, "options": {}}
+    found = {
+        (mixer, keep): bool(check(Plan(keep=keep, **({} if mixer == "ours" else plain)), squashes))
+        for mixer in ("ours", "kda")
+        for keep in ("none", "every:4", "auto-heads:0.25", "auto-heads:0", "all")
+    }
+    assert [pair for pair, refused in found.items() if not refused] == [
+        ("ours", "all"), ("kda", "none"), ("kda", "every:4"), ("kda", "auto-heads:0"), ("kda", "all"),
+    ]  # fmt: skip
+    (problem,) = check(Plan(keep="none"), ModelInfo(**{**vars(INFO), "kind": "lineament-llama"}))
+    assert problem == "m is a student already; convert its teacher"
+
+
 def test_only_logits_that_are_held_count():
     wide = ModelInfo(**{**vars(INFO), "vocabulary": 10**6})
     some, every = (memory_plan(wide, Plan(distil_positions=n))["distil"] for n in (64, 0))

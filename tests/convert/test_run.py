@@ -254,6 +254,29 @@ def test_broken_models_are_refused(made, tmp_path, kind, message):
     assert not (tmp_path / "student").exists()
 
 
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", {"num_key_value_heads": 1, "num_local_experts": 2}, "MixtralAttention at model.layers.0.self_attn"),
+        ("mamba", {}, "no adapter for model_type 'mamba'"),
+        ("gemma2", {"num_key_value_heads": 1}, "attn_logit_softcapping"),
+    ],
+)
+def test_what_a_config_rules_out_is_said_without_weights(tmp_path, family, changes, message):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(family, **SMALL, **changes).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    plan = tiny_plan(tmp_path, transfer_lengths=(16,), distil_lengths=(16,))
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, plan, tmp_path / "student")
+    with pytest.raises(InputError, match=message):
+        inspect(tmp_path, plan)
+
+
 def test_another_plan_is_not_mixed_in(made, tmp_path, monkeypatch):
     teacher, text, _, _ = made
     out = tmp_path / "student"

@@ -143,6 +143,27 @@ def test_the_hub_is_asked_last(monkeypatch):
         find_model("smollm")
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_of_a_hub_name_only_what_is_read_is_fetched(monkeypatch, tmp_path, weights):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = [
+        "config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json", "consolidated.safetensors", "pytorch_model.bin", "README.md",
+    ]  # fmt: skip
+    fetched = []
+
+    def download(name, **patterns):
+        fetched.extend(filter_repo_objects(there, **patterns))
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_model("owner/name", weights=weights) == tmp_path
+    small = {"config.json", "tokenizer.json", "model.safetensors.index.json", "README.md"}
+    assert set(fetched) == (small | set(there[2:4]) if weights else small)
+
+
 @pytest.mark.slow
 def test_the_embedded_model_writes_english_as_teacher_and_as_student():
     pytest.importorskip("gguf")

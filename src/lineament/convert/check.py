@@ -8,6 +8,7 @@ from lineament._base.errors import InputError
 from lineament.convert.inspect import ModelInfo, disk_bytes, memory_plan
 from lineament.convert.plan import Plan, parse_keep
 from lineament.convert.transfer import UNNORMALISED
+from lineament.models.adapters import PREFIX, softcap_refusal
 from lineament.nn.build import options_of
 
 NEEDS_WINDOW = ("lolcats",)
@@ -27,7 +28,13 @@ def check(plan: Plan, info: ModelInfo, out: Path | None = None, *, memory: int |
         >>> check(Plan(keep="0,7"), tiny)
         ["keep '0,7' names layer 7; the model has layers 0 to 1"]
     """
-    return [*_layers(info), *_keep(plan, info), *_mixer(plan), *_lengths(plan, info), *_room(plan, info, out, memory)]
+    return [
+        *_layers(plan, info),
+        *_keep(plan, info),
+        *_mixer(plan),
+        *_lengths(plan, info),
+        *_room(plan, info, out, memory),
+    ]
 
 
 def require_fit(plan: Plan, info: ModelInfo, out: Path | None = None) -> None:
@@ -36,7 +43,12 @@ def require_fit(plan: Plan, info: ModelInfo, out: Path | None = None) -> None:
         raise InputError("; ".join(problems))
 
 
-def _layers(info: ModelInfo) -> Iterator[str]:
+def _layers(plan: Plan, info: ModelInfo) -> Iterator[str]:
+    if info.kind.startswith(PREFIX):
+        yield f"{info.name} is a student already; convert its teacher"
+    rule, numbers = parse_keep(plan.keep)
+    if rule != "all" and (reason := softcap_refusal(info.softcap, plan.mixer, rule == "auto-heads" and numbers[0] > 0)):
+        yield reason
     if info.kept_layers and len(info.kept_layers) == info.layers:
         yield (
             f"every layer of the model attends to a sliding window of {info.sliding_window} tokens already, so nothing "

