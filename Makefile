@@ -20,7 +20,7 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.base ## convert the embedded pretrained model; leaves demo/student and demo/report.html
-	$(BIN)/lineament convert smollm2 -o $(DEMO)/student --budget $(BUDGET) --set evaluate_tokens=8192 --set evaluate_prompts=24
+	test -d $(DEMO)/student || $(BIN)/lineament convert smollm2 -o $(DEMO)/student --budget $(BUDGET) --set evaluate_tokens=8192 --set evaluate_prompts=24
 	$(BIN)/lineament evaluate $(DEMO)/student --teacher smollm2 --saved --html $(DEMO)/report.html
 
 test: $(VENV)/.dev ## the quick tests

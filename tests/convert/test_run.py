@@ -297,6 +297,38 @@ def test_another_plan_is_not_mixed_in(made, tmp_path, monkeypatch):
     assert (out / "model.safetensors").read_bytes() == (made[2] / "model.safetensors").read_bytes()
 
 
+def test_work_on_other_weights_or_text_is_not_mixed_in(tmp_path):
+    from dataclasses import replace
+
+    from lineament.convert.folders import look
+    from lineament.convert.job import Job
+    from lineament.convert.run import _same_work
+
+    def job(seed=0, text="some text", **changes):
+        model = tiny_llama(seed=seed)
+        documents = {split: {"mine": [f"{text} {split}"]} for split in ("train", "place", "test")}
+        plan, info = tiny_plan(tmp_path, **changes), look((model, None))
+        made = Job(plan=plan, info=info, teacher=model, tokenizer=None, documents=documents, name="teacher")
+        return replace(made, plan=plan.change({"data": "mine"}))
+
+    asked = tmp_path / "work" / "asked.json"
+    asked.parent.mkdir()
+    _same_work(asked, job())
+    _same_work(asked, job())
+    for other, message in [
+        (job(seed=1), "other weights of teacher"), (job(text="another"), "other text: mine"),
+        (replace(job(), name="pupil"), "other model teacher"), (job(window=20), "other plan fields window"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            _same_work(asked, other)
+    before = json.loads(asked.read_text())
+    asked.write_text(json.dumps({"plan": before["plan"], "model": "teacher"}))
+    _same_work(asked, job(seed=1))  # begun when no digests were written down
+    asked.write_text(json.dumps({"plan": {**before["plan"], "gone": 1}, "model": "teacher"}))
+    with pytest.raises(InputError, match="other plan fields gone"):
+        _same_work(asked, job())
+
+
 SCRIPT = """
 import json, sys
 from lineament.convert import Plan, evaluate_folder, inspect, run, write_report

@@ -1,5 +1,6 @@
 """The door: a teacher, a plan and a folder in; a student with its evidence out. Can be killed and gone on with."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -14,6 +15,7 @@ from lineament.convert import stages
 from lineament.convert.check import require_fit
 from lineament.convert.folders import load, look
 from lineament.convert.job import Job
+from lineament.convert.parts import teacher_digest
 from lineament.convert.plan import Plan
 from lineament.convert.plans import plan as plan_named
 from lineament.convert.precision import denormals_flushed
@@ -67,7 +69,7 @@ def run(
     job = Job(plan=plan, info=info, teacher=teacher, tokenizer=tokenizer, documents=documents, name=info.name)
     job.require_text()
     with stages.shared_folder(out, resume=resume, scratch=SCRATCH) as partial:
-        _same_plan(partial / SCRATCH / "asked.json", plan, info.name)
+        _same_work(partial / SCRATCH / "asked.json", job)
         with Progress() as progress, denormals_flushed():
             return convert_in(job, partial, partial / SCRATCH, progress)
 
@@ -86,17 +88,29 @@ def convert_in(job: Job, partial: Path, work: Path, progress: Progress) -> Evide
     return evidence
 
 
-def _same_plan(path: Path, plan: Plan, model: str) -> None:
-    """Refuse to go on with the partial work of another plan or model."""
-    asked = {"plan": plan.to_json(), "model": model}
+def _same_work(path: Path, job: Job) -> None:
+    """Refuse to go on with the partial work of another plan, model or text.
+
+    Work begun by versions that wrote down no digests is told apart by plan and name alone.
+    """
+    text = json.dumps(job.documents, sort_keys=True)
+    asked = {
+        "plan": job.plan.to_json(), "model": job.name, "weights": teacher_digest(job.teacher),
+        "text": hashlib.sha256(text.encode()).hexdigest()[:32],
+    }  # fmt: skip
     if stages.is_main() and not path.exists():
         io.write_json(path, asked)
     stages.wait_for_all()
     before = json.loads(path.read_text(encoding="utf-8"))
-    if before != asked:
-        changed = [k for k in asked["plan"] if asked["plan"][k] != before["plan"].get(k)]
-        what = f"plan fields {', '.join(changed)}" if changed else f"model {before['model']}"
-        raise InputError(f"{path.parent.parent} was begun with other {what}; remove it or give another folder")
+    fields = sorted({*asked["plan"], *before["plan"]})
+    changed = [one for one in fields if asked["plan"].get(one) != before["plan"].get(one)]
+    said = {
+        "plan": f"plan fields {', '.join(changed)}", "model": f"model {before['model']}",
+        "weights": f"weights of {job.name}, which has changed since",
+        "text": f"text: {', '.join(job.plan.data)} has changed since",
+    }  # fmt: skip
+    if other := next((what for name, what in said.items() if name in before and before[name] != asked[name]), None):
+        raise InputError(f"{path.parent.parent} was begun with other {other}; remove it or give another folder")
 
 
 def clear_partial(out: str | Path) -> None:
