@@ -286,7 +286,8 @@ def test_a_dashboard_of_cached_activations_is_that_of_the_model_on_their_text(tm
     assert torch.equal(activations.windows(10), windows[:10])
     at = placed(model, dictionary(32, k=4, reads="blocks.1.mlp.hook_in", writes="blocks.1.hook_mlp_out",
                                   dtype=torch.float32))  # fmt: skip
-    words, chosen = SimpleNamespace(decode=str), {"features": [1, 5, 7], "examples": 2}
+    words = SimpleNamespace(decode=lambda ids, **how: " ".join(map(str, ids)))
+    chosen = {"features": [1, 5, 7], "examples": 2}
     run, read = (explain.dashboard(model, words, at, windows[:10], activations=each, **chosen).features
                  for each in (None, activations))  # fmt: skip
     for a, b in zip(run, read, strict=True):

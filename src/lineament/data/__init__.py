@@ -21,6 +21,7 @@ from lineament.data.packing import (
 )
 from lineament.data.patches import load_patches
 from lineament.data.wiki import wiki_sample
+from lineament.data.words import going_on, pieces
 
 __all__ = [
     "IMAGES",
@@ -35,6 +36,7 @@ __all__ = [
     "beginning",
     "epoch_rows",
     "generated",
+    "going_on",
     "image_batches",
     "irreps",
     "load_group",
@@ -43,6 +45,7 @@ __all__ = [
     "load_text",
     "normalized",
     "pack",
+    "pieces",
     "product",
     "purity",
     "split_documents",

@@ -10,6 +10,7 @@ from torch import nn
 
 from lineament import io
 from lineament._base.errors import InputError
+from lineament.data import going_on
 from lineament.explain.circuit import Circuit, _order, circuit, evaluate_circuit
 from lineament.explain.effects import agreement
 from lineament.explain.metrics import LogitDifference
@@ -222,7 +223,7 @@ def compared(
 
 
 def _single(tokenizer: Any, word: str) -> bool:
-    found = tokenizer(word, add_special_tokens=False)["input_ids"]
+    found = going_on(tokenizer, "Then", word)
     return len(found) == 1 and found[0] != tokenizer.unk_token_id
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError
+from lineament.data import going_on, pieces
 from lineament.explain.ledger import Ledger
 from lineament.explain.methods import method_of
 from lineament.explain.relevance import Relevance, check_length, relevance
@@ -104,7 +105,7 @@ def text_of(model: str, text: str, target: str | None) -> tuple[Any, Any, Tensor
     if target is None:
         return net, tokenizer, ids, None
     lead = "" if target.startswith(" ") or text.endswith((" ", "\n")) else " "
-    return net, tokenizer, ids, tokenizer(lead + target, add_special_tokens=False)["input_ids"][0]
+    return net, tokenizer, ids, going_on(tokenizer, text, lead + target)[0]
 
 
 def explain_text(model: str, text: str, *, target: str | None = None, rules: Any = "auto") -> Explained:
@@ -127,7 +128,7 @@ def explain_text(model: str, text: str, *, target: str | None = None, rules: Any
     word = tokenizer.decode([wanted if wanted is not None else int(found.target.split()[-1])])
     return Explained(
         model=model, target=repr(word), value=float(found.value[0]), rules=found.rules, ledger=found.ledger,
-        tokens=[tokenizer.decode([i]) for i in ids[0].tolist()], values=found.inputs["input_ids"][0].tolist(),
+        tokens=pieces(tokenizer, ids[0].tolist()), values=found.inputs["input_ids"][0].tolist(),
         heads=_heads(net, found, layers) if at else (),
     )  # fmt: skip
 

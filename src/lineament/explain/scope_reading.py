@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lineament._base.errors import InputError
+from lineament.data import pieces
 from lineament.explain.reading import picture_of, text_of
 from lineament.explain.scope import Scope, scope
 from lineament.report import HeatText, Picture, Section, Text, Tiles, heat_image, page, table
@@ -106,7 +107,7 @@ def scope_text(model: str, text: str, *, target: str | None = None, singular: in
     found = scope(net, {"input_ids": ids}, output=lambda out: out.logits[:, -1], **choices)
     rest, votes, values, basis = _read(found, wanted, singular, lambda k: repr(tokenizer.decode([k])))
     return Scoped(
-        model=model, tokens=[tokenizer.decode([i]) for i in ids[0].tolist()], votes=votes[0].sum(-1).tolist(),
+        model=model, tokens=pieces(tokenizer, ids[0].tolist()), votes=votes[0].sum(-1).tolist(),
         singular=values, basis=[v[0].norm(dim=-1).tolist() for v in basis], **rest,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lineament._base.errors import InputError, unknown
 from lineament._base.seeds import generator
+from lineament.data import going_on
 from lineament.tasks.algorithms import Algorithm, Examples
 from lineament.tasks.templates import _many
 
@@ -219,7 +220,7 @@ def _first_tokens(tokenizer: Any, prompt: str, words: Sequence[str]) -> list[int
     found = []
     for word in words:
         lead = "" if word.startswith(" ") or prompt.endswith((" ", "\n")) or word.isdigit() else " "
-        found.append(tokenizer(lead + word, add_special_tokens=False)["input_ids"][0])
+        found.append(going_on(tokenizer, prompt, lead + word)[0])
     return list(dict.fromkeys(found))
 
 

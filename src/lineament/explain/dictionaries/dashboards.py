@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError
+from lineament.data import pieces
 from lineament.explain.dictionaries.activations import Activations, Said
 from lineament.explain.dictionaries.hooks import Placed
 from lineament.explain.dictionaries.weights import de_embedding, direct_tokens
@@ -185,7 +186,7 @@ def _examples(tokenizer: Any, windows: Tensor, values: Tensor, count: int) -> li
         if best[row] <= 0:
             break
         start, stop = max(0, int(where[row]) - AROUND[0]), int(where[row]) + AROUND[1] + 1
-        words = [tokenizer.decode([i]) for i in windows[row, start:stop].tolist()]
+        words = pieces(tokenizer, windows[row, :stop].tolist())[start:]
         found.append((words, values[row, start:stop].tolist()))
     return found
 

@@ -243,7 +243,7 @@ def graph_by_name(
     found = [placed(net, load_dictionary(folder, model=model)) for folder in folders]
     graph = attribute(net, ids, found, targets=None if wanted is None else [wanted], said=said, **options)
     answers = {node.index: tokenizer.decode([node.index]) for node in graph.nodes if node.kind == "logit"}
-    return GraphReport(model=model, graph=graph, words=[tokenizer.decode([i]) for i in graph.ids], answers=answers)
+    return GraphReport(model=model, graph=graph, words=data.pieces(tokenizer, graph.ids), answers=answers)
 
 
 def _check_layers(net: Any, layers: Sequence[int]) -> None:

@@ -1,0 +1,42 @@
+"""Words and tokens: what a word's tokens are where it stands, and what each token of a text adds to it."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from lineament._base.errors import InputError
+
+
+def going_on(tokenizer: Any, text: str, word: str) -> list[int]:
+    """Return the token numbers of a word where it goes on from a text.
+
+    Tokenised alone, a word may get a token of its own for the beginning of a text (Llama 2's "▁" before " Paris"). The
+    word is taken alone only where the text's last token is another with the word behind it.
+
+    Args:
+        word: with its space in front, if it has one.
+
+    Raises:
+        InputError: the tokenizer makes nothing of the word.
+    """
+    whole, before = (tokenizer(said, add_special_tokens=False)["input_ids"] for said in (text + word, text))
+    count = len(before)
+    found = whole[count:] if whole[:count] == before else []
+    found = found or tokenizer(word, add_special_tokens=False)["input_ids"]
+    if not found:
+        raise InputError(f"the tokenizer makes no token of {word!r}")
+    return found
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return what each token adds to the text of those before it; spaces in front are kept.
+
+    A token that completes no character is shown as it decodes alone.
+    """
+    found, before = [], ""
+    for i, one in enumerate(ids):
+        text = tokenizer.decode(list(ids[: i + 1]), clean_up_tokenization_spaces=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False)))
+        found.append(text[same:] or tokenizer.decode([one]))
+        before = text
+    return found
