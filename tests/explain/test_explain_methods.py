@@ -45,6 +45,24 @@ def test_token_methods_take_embeddings_for_the_input():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_token_methods_move_the_embedding_that_the_model_calls():
+    model, inputs, _ = make("t5")  # each half has an embedding of its own module; `shared` is called by nobody
+    found = explain.relevance(model, inputs, target=5, rules="occlusion")
+    embedded = model.encoder.embed_tokens(inputs["input_ids"])
+    rest = {"decoder_input_ids": inputs["decoder_input_ids"]}
+    with torch.no_grad():
+        for i in range(embedded.shape[1]):
+            without = embedded.clone()
+            without[:, i] = 0
+            drop = found.value - model(inputs_embeds=without, **rest).logits[:, -1, 5]
+            torch.testing.assert_close(found.inputs["input_ids"][:, i], drop, rtol=1e-4, atol=1e-5)
+    assert found.inputs["input_ids"].abs().min() > 0
+    assert explain.relevance(model, inputs, rules="integrated-gradients").inputs["input_ids"].abs().min() > 0
+    most, least = explain.flipping(model, inputs, found.inputs["input_ids"], target=5, steps=3)
+    assert most[1] != most[0]
+    assert most != least
+
+
 def test_what_a_method_cannot_do_is_said():
     model, x = linear_model()
     with pytest.raises(ValueError, match="needs a transformers model"):

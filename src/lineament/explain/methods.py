@@ -5,8 +5,8 @@ Sources: integrated gradients (Sundararajan et al. 2017) with layer conductance 
 and Zuidema 2020).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,8 @@ class Points:
     tokens: frozenset[str]
     places: Any
     words: str
+    embedding: nn.Module | None = None
+    """What received the token numbers."""
 
     def score(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the explained outputs [B] elsewhere."""
@@ -51,8 +53,12 @@ class Points:
                 inputs[name] = x
         changes: AbstractContextManager[Any] = nullcontext()
         if embedded is not None:
-            layer = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-            changes = patch(self.model, {lambda name, module: module is layer: lambda m, a, k, o: embedded})
+            (token,) = self.tokens
+            received = _receives(self.given[token])
+            changes = patch(
+                self.model,
+                {lambda _, module: module is self.embedding: lambda m, a, k, o: embedded if received(a, k) else None},
+            )
         with changes:
             return _scores(self.model, inputs, self.places)
 
@@ -71,18 +77,52 @@ def _scores(model: nn.Module, inputs: Mapping[str, Any], places: Any) -> Tensor:
 def points(model: nn.Module, given: Mapping[str, Any], target: Target) -> Points:
     """Fix the target at the given inputs and find what can move."""
     floats = {k: x for k, x in given.items() if isinstance(x, Tensor) and x.is_floating_point() and "mask" not in k}
-    values, tokens = {k: x.detach() for k, x in floats.items()}, frozenset[str]()
-    with torch.no_grad():
-        if not floats:
-            name = next((k for k in ("input_ids", "input") if isinstance(given.get(k), Tensor)), None)
-            if name is None or not hasattr(model, "get_input_embeddings"):
-                raise InputError("no floating-point input and no embedding of token numbers to move along")
-            values, tokens = {name: model.get_input_embeddings()(given[name]).detach()}, frozenset([name])  # pyright: ignore[reportCallIssue]
-        inputs = dict(given)
-        positional = (inputs.pop(""),) if "" in inputs else ()
+    ids = None if floats else next((k for k in ("input_ids", "input") if isinstance(given.get(k), Tensor)), None)
+    if ids is None and not floats:
+        raise InputError("no floating-point input and no token numbers to move along")
+    inputs = dict(given)
+    positional = (inputs.pop(""),) if "" in inputs else ()
+    with torch.no_grad(), _embedded(model, None if ids is None else given[ids]) as found:
         output = model(*positional, **inputs)
-        _, places, words = selected(output, target, given)
-    return Points(model, given, values, tokens, target if callable(target) else places, words)
+    _, places, words = selected(output, target, given)
+    places = target if callable(target) else places
+    if ids is None:
+        return Points(model, given, {k: x.detach() for k, x in floats.items()}, frozenset(), places, words)
+    if len(found) != 1:
+        raise InputError(f"{len(found)} embeddings of the model receive {ids}, not one; pass inputs_embeds instead")
+    ((layer, value),) = found.items()
+    return Points(model, given, {ids: value}, frozenset([ids]), places, words, layer)
+
+
+def _receives(ids: Tensor) -> Callable[[tuple[Any, ...], Mapping[str, Any]], bool]:
+    """Return a function that says whether a module's arguments are the token numbers, or a copy of them."""
+
+    def received(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        x = args[0] if args else kwargs.get("input")
+        return isinstance(x, Tensor) and x.shape == ids.shape and torch.equal(x, ids.to(x))
+
+    return received
+
+
+@contextmanager
+def _embedded(model: nn.Module, ids: Tensor | None) -> Iterator[dict[nn.Module, Tensor]]:
+    """Yield what will hold the embeddings that received the token numbers, with what they made of them [B, T, D].
+
+    Those that received the very tensor come first: positions may have the same values.
+    """
+    found, alike = dict[nn.Module, Tensor](), dict[nn.Module, Tensor]()
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if ids is not None and _receives(ids)(args, kwargs):
+            x = args[0] if args else kwargs["input"]
+            (found if x.data_ptr() == ids.data_ptr() else alike)[module] = output.detach().clone()
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                hooks.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
+        yield found
+    found.update({} if found else alike)
 
 
 def _relevance(at: Points, found: Mapping[str, Tensor], value: Tensor, name: str, layers: Any = None) -> Relevance:
