@@ -305,6 +305,27 @@ def test_what_cannot_be_explained_is_named(what, message):
         explain.relevance(Wrong(what), torch.ones(1, 4))
 
 
+class Changed(nn.Module):
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, input_ids):
+        return self.model(input_ids=self.change(input_ids))
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "occlusion"])
+def test_token_numbers_are_found_where_the_model_copies_them(rules):
+    model, inputs, _ = make("gpt2")
+    wanted, found = (
+        explain.relevance(each, inputs, rules=rules).inputs["input_ids"]
+        for each in (model, Changed(model, torch.clone))
+    )
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(ValueError, match=r"embeddings? of (the model receive )?input_ids"):
+        explain.relevance(Changed(model, lambda ids: (ids + 1) % 61), inputs, rules=rules)
+
+
 def test_an_operator_without_a_rule_may_be_let_through_with_an_open_ledger():
     found = explain.relevance(Wrong("opaque"), torch.ones(1, 4), rules=explain.Rules(unknown="vjp"))
     assert found.ledger.open == ["Opaque (in the model itself)"]

@@ -132,6 +132,8 @@ def propagate(
         value, words, root, k, seed = _seed(model, inputs, recording, target)
         tape = build(root, recording)
         del root
+        if not tape.leaves:
+            _check_numbers(recording.inputs)
         sweep = Sweep(tape, plan(tape, rules, model), counting=counting, coefficients_only=coefficients_only)
         _place_taps(sweep, model, at, rules)
         recording.output = recording.scored = None
@@ -141,6 +143,16 @@ def propagate(
         sweep.run()
     sweep.ledger.inputs_absolute = sweep.ledger.columns.pop("inputs_absolute", 0.0)
     return Run(sweep, value, words)
+
+
+def _check_numbers(inputs: Mapping[str, Any]) -> None:
+    """Refuse token numbers that no embedding below the output received."""
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and "mask" not in name}
+    if tensors and not any(x.is_floating_point() for x in tensors.values()):
+        raise InputError(
+            f"the output comes from no embedding of {', '.join(tensors)}; does the model change the numbers, or embed "
+            "them without nn.Embedding? Pass inputs_embeds instead"
+        )
 
 
 def named(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> dict[str, Any]:

@@ -128,15 +128,17 @@ def _ordered(root: Any) -> list[Any]:
 def _leaves(nodes: list[Any], names: list[str], inputs: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     given = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
     floats = {id(x): name for name, x in given.items() if x.requires_grad}
-    ids = {(x.data_ptr(), x.numel()): name for name, x in given.items() if not x.is_floating_point()}
+    numbers = {name: x for name, x in given.items() if not x.is_floating_point() and "mask" not in name}
+    read: list[tuple[int, Tensor]] = []
     for i, (node, name) in enumerate(zip(nodes, names, strict=True)):
         if name == LEAF and id(node.variable) in floats:
             yield i, floats[id(node.variable)]
         elif name == "Embedding":
-            indices = node._saved_indices
-            found = ids.get((indices.data_ptr(), indices.numel()))
-            if found is not None:
-                yield i, found
+            read.append((i, node._saved_indices))
+    for key, x in numbers.items():
+        very = [i for i, each in read if (each.data_ptr(), each.numel()) == (x.data_ptr(), x.numel())]
+        alike = [i for i, each in read if each.shape == x.shape and torch.equal(each, x.to(each))]
+        yield from ((i, key) for i in very or alike)  # alike: the model copied them
 
 
 def _below(
