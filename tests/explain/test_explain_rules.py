@@ -1,5 +1,7 @@
 """Every operator that has a rule joins the battery."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,9 @@ from torch.nn import functional as F
 
 from lineament.explain import OPERATORS, Rules, relevance
 from lineament.explain.linear import share
+from lineament.explain.norms import batch_affine
+from lineament.explain.recording import Call
+from lineament.explain.structure import absorbed_by
 from lineament.testing import RULE_LAWS, check_rule
 
 FLAT, GRID, IMAGE = (2, 6), (2, 4, 6), (2, 2, 4, 6)
@@ -207,6 +212,16 @@ def test_a_rule_keeps_the_laws(name):
     op, shape = CASES[name]
     laws = [law for law in RULE_LAWS if not (law == "rows" and name in MIXED)]
     check_rule(name, op, shape, positive=name in POSITIVE, laws=laws)
+
+
+def test_the_batch_norm_of_cudnn_is_read_by_its_own_names():
+    weight, bias, mean, var = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).abs()
+    x = torch.randn(2, 5, 3, 3)
+    call = Call(torch.ops.aten.cudnn_batch_norm.default, (x, weight, bias, mean, var, False, 0.1, 0.3), {})
+    scale, shift = (each[:, None, None] for each in batch_affine(call))
+    torch.testing.assert_close(x * scale + shift, F.batch_norm(x, mean, var, weight, bias, eps=0.3))
+    tape = SimpleNamespace(only_user=lambda at: 0, names=["CudnnBatchNorm", "Convolution"])
+    assert absorbed_by(tape, 1) == 0
 
 
 def test_no_rule_goes_unchecked():

@@ -68,10 +68,15 @@ def batch_affine(s: "Step") -> tuple[Tensor, Tensor]:
     """Return scale and shift of a batch norm with running statistics, per channel."""
     mean, var = (s.argument(name).to(torch.promote_types(torch.float32, s.argument(name).dtype))
                  for name in ("running_mean", "running_var"))  # fmt: skip
-    scale = (var + s.argument("eps")).rsqrt()
+    scale = (var + _epsilon(s)).rsqrt()
     weight, bias = affine(s, "weight"), affine(s, "bias")
     scale = scale if weight is None else scale * weight
     return scale, (0.0 if bias is None else bias) - mean * scale
+
+
+def _epsilon(s: "Step") -> float:
+    """Return what a batch norm adds to the variance; cuDNN's operator spells it out."""
+    return s.argument("eps", s.argument("epsilon"))
 
 
 def _instance_norm(s: "Step") -> None:
@@ -79,7 +84,7 @@ def _instance_norm(s: "Step") -> None:
     along, dims = (1, -1, *[1] * (len(shape) - 2)), [0, *range(2, len(shape))]
     scaling = [None if a is None else a.view(along) for a in (affine(s, "weight"), affine(s, "bias"))]
     x = s.value(0)
-    rstd = (x.var(dims, unbiased=False, keepdim=True) + s.argument("eps")).rsqrt()
+    rstd = (x.var(dims, unbiased=False, keepdim=True) + _epsilon(s)).rsqrt()
     _frozen(s, lambda h: h - h.mean(dims, keepdim=True), rstd, scaling[0], scaling[1])
 
 

@@ -82,7 +82,7 @@ def absorbed_by(tape: Tape, index: int) -> int | None:
         if user is None:
             return None
         name = tape.names[user]
-        if name == "NativeBatchNorm":
+        if name in ("NativeBatchNorm", "CudnnBatchNorm"):
             return user if at == index else None
         if name == "Add":
             return user if _adds_a_bias(tape, user, at, index) else None

@@ -15,7 +15,7 @@ SAVED_INPUTS = {  # per node: the field that holds the input of each edge, where
     "Mm": ("self", "mat2"), "Bmm": ("self", "mat2"), "Addmm": (None, "mat1", "mat2"), "Mul": ("self", "other"),
     "Baddbmm": (None, "batch1", "batch2"), "Div": ("self", "other"), "Convolution": ("input", "weight"),
     "NativeLayerNorm": ("input", "weight"), "NativeGroupNorm": ("input", "weight"),
-    "NativeBatchNorm": ("input", "weight"), "FusedRmsNorm": ("input", "weight"),
+    "NativeBatchNorm": ("input", "weight"), "CudnnBatchNorm": ("input", "weight"), "FusedRmsNorm": ("input", "weight"),
 }  # fmt: skip
 _ATTENTION = ("query", "key", "value")
 _RESULTS = ("_saved_result", "_saved_output")
@@ -24,7 +24,9 @@ _REFUSED = {
     "CompiledFunction": "the model is compiled, one opaque node; explain the model from before torch.compile",
     "CheckpointFunction": "reentrant checkpointing hides the graph; pass use_reentrant=False to torch.utils.checkpoint",
     "MkldnnRnnLayer": "a fused recurrent layer is one opaque node; use torch.backends.mkldnn.flags(enabled=False)",
-    "CudnnRnn": "a fused recurrent layer is one opaque node; use torch.backends.cudnn.flags(enabled=False)",
+    "CudnnRnn": "a fused recurrent layer is one opaque node; explain the model on the CPU",
+    "ThnnFusedLstmCell": "a fused recurrent layer is one opaque node; explain the model on the CPU",
+    "ThnnFusedGruCell": "a fused recurrent layer is one opaque node; explain the model on the CPU",
 }
 
 
