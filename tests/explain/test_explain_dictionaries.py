@@ -189,6 +189,12 @@ def test_heads_less_the_values_bias(bias):
     torch.testing.assert_close(placed(model, d).dictionary(x), d(x - b_v) + b_v)
 
 
+def test_a_dictionary_is_placed_on_the_models_device():
+    model, d = make("llama")[0].to("meta"), dictionary(32, reads="blocks.1.mlp.hook_in", writes="blocks.1.hook_mlp_out")
+    assert {p.device.type for p in placed(model, d).dictionary.parameters()} == {"meta"}
+    assert {p.device.type for p in d.parameters()} == {"cpu"}
+
+
 def test_a_dictionary_that_says_nothing_of_a_place_or_another_width_is_refused():
     model = make("llama")[0]
     with pytest.raises(ValueError, match="reads width 6, and the model is 32 wide"):

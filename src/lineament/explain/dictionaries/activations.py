@@ -115,7 +115,7 @@ def cache_activations(
         raise InputError(f"dtype is {dtype}; activations are cached as float16 or float32")
     if windows.dim() != 2 or windows.shape[1] < 2:
         raise InputError(f"windows are {list(windows.shape)}; expected [N, T] with T of 2 at least")
-    places = _also_there(folder, places)
+    windows, places = windows.cpu(), _also_there(folder, places)
     recipe = {
         "places": list(places), "length": windows.shape[1], "dtype": str(dtype), "per_shard": per_shard,
         "about": dict(about or {}),
@@ -167,9 +167,10 @@ def _captured(
     model: nn.Module, windows: Tensor, places: Sequence[str], rows: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {place: [] for place in places}
+    device = next(model.parameters()).device
     for ids in windows.split(rows):
-        for place, x in values_at(model, {"input_ids": ids}, places, stop=True).items():
-            parts[place].append(x[:, 1:].flatten(0, 1).to(dtype))
+        for place, x in values_at(model, {"input_ids": ids.to(device)}, places, stop=True).items():
+            parts[place].append(x[:, 1:].flatten(0, 1).to(dtype).cpu())
     found = {place: torch.cat(xs) for place, xs in parts.items()}
     for place, x in found.items():
         if not bool(x.isfinite().all()):

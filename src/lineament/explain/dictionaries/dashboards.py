@@ -123,7 +123,7 @@ def dashboard(
     Raises:
         InputError: a feature outside the dictionary, or none that fires.
     """
-    d = at.dictionary
+    d, windows, device = at.dictionary, windows.cpu(), next(model.parameters()).device
     active: list[tuple[Tensor, Tensor]] = []
     pieces = windows.split(rows)
     if activations is not None and not torch.equal(activations.windows(len(windows)), windows):
@@ -131,12 +131,12 @@ def dashboard(
     for done, ids in enumerate(pieces):
         with torch.no_grad():
             if activations is None:
-                x = values_at(model, {"input_ids": ids}, [at.reads], stop=True)[at.reads]
+                x = values_at(model, {"input_ids": ids.to(device)}, [at.reads], stop=True)[at.reads]
             else:
-                x = _cached(activations, at.reads, done * rows, ids)
+                x = _cached(activations, at.reads, done * rows, ids).to(device)
             z, index = d.active(x)
         z[:, 0] = 0
-        active.append((z.flatten(0, 1), index.flatten(0, 1)))
+        active.append((z.flatten(0, 1).cpu(), index.flatten(0, 1).cpu()))
         if said:
             said("reading texts", done + 1, len(pieces))
     widest = max(z.shape[1] for z, _ in active)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lineament.graph import select
 from lineament.models import adapter_for, head_shape
 
 NORMALIZED = re.compile(r"blocks\.(\d+)\.ln2\.hook_normalized")
+_Module = TypeVar("_Module", bound=nn.Module)
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$|:)")
 
 
@@ -49,6 +50,8 @@ class Placed:
 def placed(model: nn.Module, dictionary: Dictionary, *, centred: bool | None = None) -> Placed:
     """Find a dictionary's places in a model, and fold what TransformerLens's numbers differ by into a copy of it.
 
+    It is where the model is: a copy of it is moved there if need be.
+
     Args:
         centred: whether it was made for residuals less their mean over the width (TransformerLens's centred writing
             weights, as GPT-2's `res-jb`); its file's own word if None.
@@ -65,7 +68,8 @@ def placed(model: nn.Module, dictionary: Dictionary, *, centred: bool | None = N
         select(model, place.removesuffix(":input"))
     found = LAYER.search(writes)
     _check_width(model, dictionary)
-    d = dictionary
+    module = next(iter(select(model, reads.removesuffix(":input")).values()))
+    d = moved(dictionary, next(module.parameters(), next(model.parameters())).device)
     if NORMALIZED.fullmatch(config.reads):
         d = _with_gain(d, *norm_affine(model.get_submodule(reads), config.inputs))
     if config.reads.endswith("hook_z"):
@@ -73,6 +77,12 @@ def placed(model: nn.Module, dictionary: Dictionary, *, centred: bool | None = N
     if _is_centred(model, dictionary, centred):
         d = _from_centred(d)
     return Placed(d, reads, writes, int(found[1]) if found else 0)
+
+
+def moved(module: _Module, device: torch.device) -> _Module:
+    """Return a module itself if it is on a device, and else a copy there."""
+    some = next(module.parameters(), None)
+    return module if some is None or some.device == device else deepcopy(module).to(device)
 
 
 def _place(model: nn.Module, name: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lineament._base.errors import InputError
 from lineament.explain.dictionaries.activations import Activations, Said
-from lineament.explain.dictionaries.hooks import Placed, substituted
+from lineament.explain.dictionaries.hooks import Placed, moved, substituted
 from lineament.explain.dictionaries.module import Dictionary
 from lineament.explain.places import values_at
 from lineament.tasks import perplexity
@@ -85,7 +85,8 @@ def evaluate_dictionaries(
     maps: dict[str, tuple[Any, str]] = {
         "mean": (lambda x: mean.expand_as(x), first.writes), "zero": (torch.zeros_like, first.writes)
     }  # fmt: skip
-    maps |= {name: (map_, first.reads) for name, map_ in (beside or {}).items()}
+    for name, map_ in (beside or {}).items():
+        maps[name] = moved(map_, y.device) if isinstance(map_, nn.Module) else map_, first.reads
     for name, each in dictionaries.items():
         maps[name] = each.dictionary, each.reads
         if each.dictionary.config.activation == "topk":
@@ -148,8 +149,9 @@ def _with_k(dictionary: Dictionary, k: int) -> Dictionary:
 def _held(model: nn.Module, windows: Tensor, places: Sequence[str], rows: int) -> dict[str, Tensor]:
     """Return what places hold on windows, [N (T - 1), D], without first positions."""
     parts: dict[str, list[Tensor]] = {place: [] for place in places}
+    device = next(model.parameters()).device
     for ids in windows.split(rows):
-        for place, x in values_at(model, {"input_ids": ids}, places, stop=True).items():
+        for place, x in values_at(model, {"input_ids": ids.to(device)}, places, stop=True).items():
             parts[place].append(x[:, 1:].flatten(0, 1))
     return {place: torch.cat(xs) for place, xs in parts.items()}
 
@@ -166,5 +168,5 @@ def _measured(map_: Any, x: Tensor, y: Tensor) -> tuple[float, dict[str, Any]]:
             active += float(on.sum())
     if fired is None:
         return gone, {}
-    more = {"l0": active / len(x), "dead": float((fired == 0).double().mean()), "frequency": fired / len(x)}
+    more = {"l0": active / len(x), "dead": float((fired == 0).double().mean()), "frequency": fired.cpu() / len(x)}
     return gone, more
