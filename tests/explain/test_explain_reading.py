@@ -8,6 +8,7 @@ from PIL import Image
 from tiny_families import make, saved_decoder
 from transformers import ViTImageProcessor
 
+from lineament import explain
 from lineament.cli import run
 
 WORDS = ["[UNK]", "the", "capital", "of", "france", "is", "paris"]
@@ -44,6 +45,23 @@ def test_a_text_is_explained_as_json_page_and_picture(decoder, capsys, tmp_path)
     assert (tmp_path / "why.png").read_bytes()[:4] == b"\x89PNG"
     assert run(text) == 0
     assert "remainder" in capsys.readouterr().out
+
+
+def test_what_adds_up_to_nothing_is_not_said_to(decoder, capsys, tmp_path, monkeypatch):
+    text, out = ["explain", decoder, "--text", "the capital of france is"], ["--html", str(tmp_path / "why.html")]
+    assert run([*text, "--rules", "occlusion", *out]) == 0
+    assert "only for additive models" in capsys.readouterr().out
+    page = (tmp_path / "why.html").read_text()
+    assert "only for additive models" in page
+    assert "add up to the score" not in page
+    assert run([*text, "--rules", "occlusion", "--unknown", "vjp"]) == 2
+    monkeypatch.delitem(explain.OPERATORS, "Silu")
+    assert run(text) == 2
+    assert "no rule for" in capsys.readouterr().err
+    assert run([*text, "--unknown", "vjp", *out]) == 0
+    assert "The ledger is open. " in (tmp_path / "why.html").read_text()
+    assert run([*text, "--unknown", "vpj"]) == 2
+    assert "Did you mean 'vjp'" in capsys.readouterr().err
 
 
 def test_a_picture_is_explained(classifier, capsys, tmp_path):

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import shutil
 from contextlib import nullcontext
 
 import pytest
 import torch
 from PIL import Image
-from tiny_families import FAMILIES, OWN, VGG, InDouble, ids, image, make, saved_decoder
+from tiny_families import COMMON, FAMILIES, IMAGE, OWN, VGG, InDouble, ids, image, make, saved_decoder, vision
 from torch import nn
 from transformers import ViTImageProcessor
 
@@ -265,5 +266,10 @@ def test_the_command_reads_a_picture(capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert torch.tensor(found["pixels"]).shape == (32, 32)
     assert found["linear"] + found["bias"] == pytest.approx(found["value"], rel=1e-4)
+    two = vision("ViTConfig", "ViTForImageClassification", **COMMON, **IMAGE, num_labels=2)()[0]
+    two.save_pretrained(tmp_path / "vit2")
+    shutil.copy(tmp_path / "vit" / "preprocessor_config.json", tmp_path / "vit2")
+    assert run(["scope", str(tmp_path / "vit2"), *picture[2:4], "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["singular"]) == 1  # of a map to two outputs there is no more
     assert run([*picture, "--target", "99"]) == 2
     assert "out of range" in capsys.readouterr().err

@@ -16,6 +16,9 @@ def explain(
     image: Annotated[Path | None, typer.Option(help="Picture for an image classifier.")] = None,
     target: Annotated[str | None, typer.Option(help="Word (or class number) to explain, else the likeliest.")] = None,
     rules: Rules = "auto",
+    unknown: Annotated[
+        str, typer.Option(help="For operators without a rule: raise, or vjp (their gradient; the ledger stays open).")
+    ] = "raise",
     html: Annotated[Path | None, typer.Option(help="Write a page with the heat map here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the heat map here.")] = None,
     json: Json = False,
@@ -28,7 +31,7 @@ def explain(
     from lineament.explain.reading import explain_image, explain_text
 
     quiet()
-    found = _read(explain_text, explain_image, model, text, image, target, rules=rules)
+    found = _read(explain_text, explain_image, model, text, image, target, rules=rules, unknown=unknown)
     answer(found, json, html=html, png=png)
 
 

@@ -1,7 +1,7 @@
 """An explanation to read: a model by name and a text or picture in, tables, a page and heat maps out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from lineament.data import going_on, pieces
 from lineament.explain.ledger import Ledger
 from lineament.explain.methods import method_of
 from lineament.explain.relevance import Relevance, check_length, relevance
+from lineament.explain.rules import rules_of
 from lineament.io import write_bytes
 from lineament.models import adapter_for, attentions, head_shape, load_teacher
-from lineament.report import HeatText, Picture, Section, Tiles, heat_image, heat_text, heatmap, page, table
+from lineament.report import HeatText, Picture, Section, Text, Tiles, heat_image, heat_text, heatmap, page, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,9 @@ class Explained:
         rows = [{"position": i, "token": repr(self.tokens[i]), "relevance": self.values[i]} for i in sorted(order)]
         title = f"{self.target}: {self.value:.4g}, by {self.rules}"
         ledger = [{k: v for k, v in row.items() if k != "what"} for row in self.ledger.rows() if row["relevance"]]
-        return [*([table(rows, title=title)] if rows else []), table(ledger, title=f"where {title} ended")]
+        found = [*([table(rows, title=title)] if rows else []), table(ledger, title=f"where {title} ended")]
+        opened = [{"let through without a balance": line} for line in self.ledger.open]
+        return [*found, *([table(opened, title="the ledger is open: sums say nothing")] if opened else [])]
 
     def png(self, *, dark: bool = False) -> bytes:
         """Draw the heat map."""
@@ -74,7 +77,8 @@ class Explained:
         numbers = {"target": self.target, "score": self.value, "rules": self.rules,
                    "unaccounted": f"{self.ledger.unaccounted:.1e}"}  # fmt: skip
         parts: list[Any] = [Tiles(numbers)]
-        caption = "Blue speaks for the output, vermilion against it; with the ledger below they add up to the score."
+        closed = "" if self.ledger.open else "; with the ledger below they add up to the score"
+        caption = f"Blue speaks for the output, vermilion against it{closed}."
         if len(self.pixels):
             alt = f"Relevance of the picture's places for {self.target}"
             parts.append(Picture(self.png(), alt, caption, self.png(dark=True)))
@@ -87,7 +91,8 @@ class Explained:
             pictures = [heatmap(sizes, dark=dark, **options) for dark in (False, True)]
             alt = "Absolute relevance of every attention head, a row per layer"
             sections.append(Section("Heads", [Picture(pictures[0], alt, "What each head passed on.", pictures[1])]))
-        sections.append(Section("Where relevance ended", [self.ledger.rows()]))
+        opened = [Text(f"The ledger is open. {line}.") for line in self.ledger.open]
+        sections.append(Section("Where relevance ended", [self.ledger.rows(), *opened]))
         return page(f"Why {self.model} says {self.target}", sections, path)
 
 
@@ -108,7 +113,9 @@ def text_of(model: str, text: str, target: str | None) -> tuple[Any, Any, Tensor
     return net, tokenizer, ids, going_on(tokenizer, text, lead + target)[0]
 
 
-def explain_text(model: str, text: str, *, target: str | None = None, rules: Any = "auto") -> Explained:
+def explain_text(
+    model: str, text: str, *, target: str | None = None, rules: Any = "auto", unknown: str = "raise"
+) -> Explained:
     """Explain the next token a language model gives a text.
 
     Args:
@@ -116,11 +123,13 @@ def explain_text(model: str, text: str, *, target: str | None = None, rules: Any
         text: at least one token.
         target: the word to explain (its first token); the likeliest if None.
         rules: as for `relevance`.
+        unknown: what becomes of operators without a rule, as for `Rules`.
 
     Raises:
         InputError: an empty text, or one longer than the model reads.
     """
     net, tokenizer, ids, wanted = text_of(model, text, target)
+    rules = _letting(rules, unknown, net)
     at, layers = _head_places(net)
     if method_of(rules) is not None:  # they explain inputs
         at = []
@@ -131,6 +140,15 @@ def explain_text(model: str, text: str, *, target: str | None = None, rules: Any
         tokens=pieces(tokenizer, ids[0].tolist()), values=found.inputs["input_ids"][0].tolist(),
         heads=_heads(net, found, layers) if at else (),
     )  # fmt: skip
+
+
+def _letting(rules: Any, unknown: str, net: nn.Module) -> Any:
+    """Return rules with another way of treating operators without one, if so asked."""
+    if unknown == "raise":
+        return rules
+    if method_of(rules) is not None:
+        raise InputError(f"{rules!r} has no rules for operators, so unknown={unknown!r} means nothing there; drop it")
+    return replace(rules_of(rules, net), unknown=unknown)
 
 
 def _head_places(net: nn.Module) -> tuple[list[str], list[str]]:
@@ -149,19 +167,22 @@ def _heads(net: nn.Module, found: Relevance, layers: Sequence[str]) -> list[list
     return [x.unflatten(-1, (-1, width)).sum((0, 1, 3)).tolist() for x in rows if isinstance(x, Tensor)]
 
 
-def explain_image(model: str, image: str | Path, *, target: int | None = None, rules: Any = "auto") -> Explained:
+def explain_image(
+    model: str, image: str | Path, *, target: int | None = None, rules: Any = "auto", unknown: str = "raise"
+) -> Explained:
     """Explain the class an image classifier gives a picture.
 
     Args:
         model: folder or Hub name of a transformers image classifier.
         image: a picture file.
         target: a class number; the likeliest if None.
+        rules, unknown: as for `explain_text`.
 
     Raises:
         InputError: no such model, or no picture.
     """
     net, pixels, _ = picture_of(model, Path(image))
-    found = relevance(net, {"pixel_values": pixels}, target=target, rules=rules)
+    found = relevance(net, {"pixel_values": pixels}, target=target, rules=_letting(rules, unknown, net))
     label = int(found.target.split()[-1])
     shown = pixels[0].permute(1, 2, 0)
     shown = (shown - shown.min()) / (shown.max() - shown.min()).clamp_min(1e-9)

@@ -97,7 +97,7 @@ def scope_text(model: str, text: str, *, target: str | None = None, singular: in
         model: as for `models.load_teacher`; students too.
         text: at least one token.
         target: the word to read (its first token); the likeliest if None.
-        singular: how many singular values.
+        singular: how many singular values, at most; a map has fewer than its outputs.
         choices: center, gate, offset, as for `scope`.
 
     Raises:
@@ -121,7 +121,7 @@ def scope_image(
         model: folder or Hub name of a transformers image classifier.
         image: a picture file.
         target: a class number; the likeliest if None.
-        singular: how many singular values.
+        singular: how many singular values, at most; a map has fewer than its outputs.
         choices: center, gate, offset, as for `scope`.
 
     Raises:
@@ -147,6 +147,7 @@ def _read(
     one = int(scores.argmax()) if target is None else target
     other = int(torch.where(torch.arange(len(scores)) == one, -torch.inf, scores).argmax())
     votes = found.votes((0, one))
+    singular = min(singular, min(found.output.numel(), found.input.numel()) - 1)  # a map of few outputs has few
     values, basis = (torch.empty(0), torch.empty(0)) if singular < 1 else found.singular(singular)[1:]
     rest = {
         "target": word(one), "against": word(other), "value": float(scores[one]), "linear": float(votes.sum()),
