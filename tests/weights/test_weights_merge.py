@@ -328,6 +328,20 @@ def test_a_base_among_the_models_is_not_a_task(tmp_path):
     close(found["w"], (model(99)["w"] + model(0)["w"]) / 2)
 
 
+def test_a_list_per_model_counts_the_models_given():
+    layers = [f"layers.{i}.w" for i in range(3)]
+    base, a, c = ({n: torch.full((2,), k) for n in layers} for k in (0.0, 1.0, 2.0))
+    expected = {n: torch.full((2,), 2.5) for n in layers}
+    given = [([base, a, c], [9.0, 0.5, 1.0]), ([base, a, c], [0.5, 1.0]), ([a, base, c], [0.5, 9.0, 1.0])]
+    for points, weight in given:
+        found = merge(points, "task_arithmetic", base=base, weight=weight)
+        assert all(torch.equal(found[n], expected[n]) for n in layers)
+    with pytest.raises(InputError, match=r"weight is a list of 3 for 2 models; .* once per model"):
+        merge([a, c], "task_arithmetic", base=base, weight=[0.0, 0.5, 1.0])
+    found = merge([a, c], "task_arithmetic", base=base, weight=[[0.0, 0.5, 1.0]] * 2)
+    assert [found[n][0].item() for n in layers] == [0.0, 1.5, 3.0]
+
+
 def test_results_keep_dtype_and_integers():
     a, b = ({**model(i, dtype=torch.bfloat16), "n": torch.tensor(7)} for i in range(2))
     found = merge([a, b], weight=1)
@@ -410,3 +424,14 @@ def test_memory_is_bounded_by_inputs_and_two_more(method, tmp_path):
     with LiveBytes() as live:
         point["w"]
     assert live.most <= (count + (base is not None) + 2) * math.prod(shape) * 4 + 12e6
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+def test_spectra_keep_one_task_at_a_time(method):
+    """The factors of one matrix, the triples kept of all (about two matrices), and what is orthonormalised."""
+    shape, count = (128, 192), 8
+    base, *points = (Point.open(model(i, shape)) for i in range(count + 1))
+    point = merge(points, method, base=base, weight=1.0)
+    with LiveBytes() as live:
+        point["w"]
+    assert live.most <= 8 * math.prod(shape) * 4

@@ -37,7 +37,7 @@ def check_merge(
     for law in laws:
         if law == "same":
             twins = [given[0]] * models
-            same(dict(merge(twins, given[0] if base else None)), given[0], tolerance, "the merge of equal models")
+            same(dict(merge(twins, dict(given[0]) if base else None)), given[0], tolerance, "the merge of equal models")
         elif law == "repeat":
             same(dict(merge(given, origin)), found, 0, "the same merge again")
         elif law == "inputs":

@@ -69,7 +69,8 @@ def merge(
         seed: of the methods that draw; each tensor and model has a stream of its own, so that order does not matter.
         options: the method's own, by mergekit's names (`lambda` as `scale` or `**{"lambda": ...}`). Each is a number, a
             list over the layers, or {part of the name: value}; those that belong to a model (weight, density, ...) may
-            be a list with one of these per model.
+            be a list with one of these per model of `points` (a base among them may be left out). With several models
+            a list is always that; a list over the layers then stands in a list, once per model.
 
     Returns:
         A point; reading one of its tensors reads that tensor of the inputs.
@@ -88,12 +89,13 @@ def merge(
         return merge(points, preset.pop("method"), base=None, seed=seed, **{**preset, **options})
     row, opened = find_method(method), [Point.open(point) for point in points]
     origin = None if base is None else Point.open(base)
-    if origin is not None and row.base != "none":
-        opened = [point for point in opened if not same_point(point, origin)]
     if row.base == "none":
         origin = None
+    kept = [i for i, point in enumerate(opened)
+            if origin is None or not (points[i] is base or same_point(point, origin))]  # fmt: skip
+    opened = [opened[i] for i in kept]
     check_count(method, row, len(opened), origin is not None)
-    settings, options = _sorted(row, options, len(opened))
+    settings, options = _sorted(row, options, kept, len(points))
     check_options(method, row, settings, options)
     like = origin or opened[0]
     for point in opened if origin else opened[1:]:
@@ -111,16 +113,30 @@ def merge(
     return merged(tasks, method, like, seed=seed)
 
 
-def _sorted(row: Method, given: Mapping[str, Any], count: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Tell options of each model from options of the merge."""
-    settings: list[dict[str, Any]] = [{} for _ in range(count)]
+def _sorted(
+    row: Method, given: Mapping[str, Any], kept: Sequence[int], count: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Tell options of each model from options of the merge; `kept` are the places of the models among `count` given."""
+    settings: list[dict[str, Any]] = [{} for _ in kept]
     shared = {"lambda" if name == "scale" and "lambda" in row.shared else name: one for name, one in given.items()}
     for name in [name for name in shared if name in row.each]:
         value = shared.pop(name)
-        per_model = isinstance(value, list | tuple) and len(value) == count
+        if isinstance(value, list | tuple) and len(value) == count:
+            value = [value[i] for i in kept]
+        per_model = isinstance(value, list | tuple) and len(value) == len(kept)
+        if not per_model and len(kept) > 1 and _flat(value):
+            raise InputError(
+                f"{name} is a list of {len(value)} for {len(kept)} models; give one value per model, or for a gradient "
+                f"over the layers the list once per model: [{list(value)}] * {len(kept)}"
+            )
         for i, setting in enumerate(settings):
             setting[name] = value[i] if per_model else value
     return settings, shared
+
+
+def _flat(value: Any) -> bool:
+    """Whether it is a list that holds no filters, which tell what each of their values is for."""
+    return isinstance(value, list | tuple) and not any(isinstance(each, Mapping) for each in value)
 
 
 def _statistics(method: str, row: Method, given: Sequence[Any], count: int) -> list[Point | None]:

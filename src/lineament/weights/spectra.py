@@ -1,6 +1,6 @@
 """Merges in singular values: what tasks share and where their updates collide."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,14 +12,13 @@ def tsv(tensors: Sequence[Tensor], base: Tensor, *, weight: Sequence[float], sca
     Each of n task matrices keeps 1/n of its singular triples; the gathered left and right vectors are replaced by the
     nearest orthonormal ones (Procrustes). Tensors that are no matrices are averaged.
     """
-    deltas = _deltas(tensors, base, weight)
     if base.dim() != 2:
-        return base + scale * sum(deltas) / len(deltas)
-    kept = max(1, min(base.shape) // len(deltas))
-    triples = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
-    left = _orthonormal(torch.cat([u[:, :kept] for u, _, _ in triples], 1))
-    right = _orthonormal(torch.cat([v[:kept] for _, _, v in triples], 0).T)
-    values = torch.cat([s[:kept] for _, s, _ in triples])
+        return base + scale * _total(tensors, base, weight) / len(tensors)
+    kept = max(1, min(base.shape) // len(tensors))
+    triples = [_leading(delta, kept) for delta in _deltas(tensors, base, weight)]
+    left = _orthonormal(torch.cat([u for u, _, _ in triples], 1))
+    right = _orthonormal(torch.cat([v for _, _, v in triples], 0).T)
+    values = torch.cat([s for _, s, _ in triples])
     return torch.addmm(base.float(), left * values, right.T, alpha=scale)
 
 
@@ -29,16 +28,29 @@ def iso_c(tensors: Sequence[Tensor], base: Tensor, *, weight: Sequence[float], s
     The sum of the task matrices keeps its singular vectors; every singular value becomes their mean. Tensors that are
     no matrices are averaged.
     """
-    deltas = _deltas(tensors, base, weight)
-    total = sum(deltas)
+    total = _total(tensors, base, weight)
     if base.dim() != 2:
-        return base + scale * total / len(deltas)
+        return base + scale * total / len(tensors)
     u, s, v = torch.linalg.svd(total, full_matrices=False)
     return torch.addmm(base.float(), u, v, alpha=scale * float(s.mean()))
 
 
-def _deltas(tensors: Sequence[Tensor], base: Tensor, weight: Sequence[float]) -> list[Tensor]:
-    return [(x.float() - base).mul_(w) for x, w in zip(tensors, weight, strict=True)]
+def _deltas(tensors: Sequence[Tensor], base: Tensor, weight: Sequence[float]) -> Iterator[Tensor]:
+    """Read the task matrices one by one: no two need to be in memory."""
+    return ((x.float() - base).mul_(w) for x, w in zip(tensors, weight, strict=True))
+
+
+def _total(tensors: Sequence[Tensor], base: Tensor, weight: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(base, dtype=torch.float32)
+    for delta in _deltas(tensors, base, weight):
+        total.add_(delta)
+    return total
+
+
+def _leading(delta: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triples, copied so that the rest of the factors is freed."""
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    return u[:, :kept].clone(), s[:kept], v[:kept].clone()
 
 
 def _orthonormal(x: Tensor) -> Tensor:
