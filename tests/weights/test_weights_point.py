@@ -83,6 +83,13 @@ def test_blocks_are_scaled_by_the_first_glob_that_fits():
         Point.open(a) * float("nan")
 
 
+def test_nan_has_no_angle():
+    a, b = (Point.open(weights(i)) for i in range(2))
+    broken = b.replace({"b.bias": torch.full((7,), float("nan"))})
+    assert math.isnan(a.angle(broken))
+    assert not a.slerp(broken, 0.5)["b.bias"].isfinite().any()
+
+
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 1.2])
 def test_slerp_stays_on_the_arc_and_keeps_the_plane(t):
     a, b = weights(0, torch.float64), weights(1, torch.float64)
@@ -168,8 +175,7 @@ def adapter(folder, out, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.0.self_attn.q_proj": 9}},
-     {"target_modules": ["embed_tokens", "v_proj"]}],
+    [{}, {"use_rslora": True}, {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.0.self_attn.q_proj": 9}}],
 )  # fmt: skip
 def test_a_merged_adapter_is_what_peft_merges(folder, tmp_path, options):
     expected = Point.open(adapter(folder, tmp_path / "lora", **options))
@@ -181,6 +187,65 @@ def test_a_merged_adapter_is_what_peft_merges(folder, tmp_path, options):
     assert 0 < len(product) < len(base)
     assert all(torch.equal((base + product)[n], merged[n]) for n in merged)
     assert all(torch.equal((merged - product)[n], base[n]) for n in base)  # subtracted again, to the bit
+
+
+def running(folder, out, **options):
+    """An adapter with random numbers, saved, and what peft computes with it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    model = get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})).eval()
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if "lora" in name or "modules_to_save" in name:
+            nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(i))
+    model.save_pretrained(out)
+    return model(torch.arange(9)[None]).logits
+
+
+def logits(folder, point):
+    from transformers import AutoModelForCausalLM
+
+    own = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=False)
+    return point.load_into(own).eval()(torch.arange(9)[None]).logits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]},
+     {"target_modules": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]},
+     {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}],
+)  # fmt: skip
+def test_an_adapter_on_tied_weights_moves_the_side_it_is_on(folder, tmp_path, options):
+    expected = running(folder, tmp_path / "lora", **options)
+    merged = Point.open(tmp_path / "lora")
+    torch.testing.assert_close(logits(folder, merged), expected, rtol=1e-4, atol=1e-4)
+    assert not merged.ties
+    if "modules_to_save" not in options:
+        with pytest.raises(InputError, match=r"one side only; open it as 'merged', or give an untied base"):
+            Point.open(tmp_path / "lora", lora="product")
+        loose = Point.open(folder).untie()
+        product = Point.open(tmp_path / "lora", base=loose, lora="product")
+        assert all(torch.equal((loose + product)[n], merged[n]) for n in merged)
+        if "lm_head" in options["target_modules"]:
+            with pytest.raises(InputError, match=r"lm_head\.weight of .* is tied in"):
+                Point.open(folder) + product
+
+
+def test_an_adapter_that_keeps_weights_tied_stays_tied(folder, tmp_path):
+    expected = running(folder, tmp_path / "lora", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    merged = Point.open(tmp_path / "lora")
+    assert merged.ties == {"lm_head.weight": "model.embed_tokens.weight"}
+    torch.testing.assert_close(logits(folder, merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tied_names_take_one_tensor(folder):
+    base = Point.open(folder)
+    new = torch.ones(base.shape("lm_head.weight"))
+    both = base.replace({"lm_head.weight": new, "model.embed_tokens.weight": new.clone()})
+    assert both["lm_head.weight"].equal(new)
+    with pytest.raises(InputError, match=r"tied to 'model\.embed_tokens\.weight' are given different tensors"):
+        base.replace({"lm_head.weight": new, "model.embed_tokens.weight": new + 1})
 
 
 def test_factors_apart_are_as_stored(folder, tmp_path):
@@ -204,6 +269,10 @@ def test_a_lora_of_another_base_is_refused(folder, tmp_path):
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(InputError, match="DoRA"):
         Point.open(tmp_path / "lora")
+    for start in ("pissa_niter_4", "olora", "corda"):
+        (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
+        with pytest.raises(InputError, match=rf"starts as {start}, .* path_initial_model_for_weight_conversion"):
+            Point.open(tmp_path / "lora")
 
 
 def test_packed_weights_are_refused_or_unpacked_by_option(tmp_path):

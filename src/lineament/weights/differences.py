@@ -41,6 +41,12 @@ def check_alike(a: "Point", b: "Point") -> None:
                 f"{listed(mixed)} is tied in one of {a.label} and {b.label} and not in the other; untie both "
                 "(point.untie(), --untie)"
             )
+    for whole, part in ((a, b), (b, a)):
+        if lost := [name for name in part.specs if name in whole.ties]:
+            raise InputError(
+                f"{listed(lost)} of {part.label} is tied in {whole.label}, which has no tensor of its own for it; "
+                "untie that (point.untie(), --untie)"
+            )
     shapes = [
         f"{n} {ours[n].shape} and {theirs[n].shape}" for n in ours if n in theirs and ours[n].shape != theirs[n].shape
     ]

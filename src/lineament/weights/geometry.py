@@ -63,7 +63,7 @@ def slerp(a: Tensor, b: Tensor, t: float, *, straight: float = 0.9995) -> Tensor
     lengths = math.sqrt(dot_product(a, a)), math.sqrt(dot_product(b, b))
     # a vector shorter than 1e-8 has no direction; it is divided by 1, so that its cosine is about 0
     divisors = [length if length > 1e-8 else 1.0 for length in lengths]
-    cosine = max(-1.0, min(1.0, dot_product(a, b) / divisors[0] / divisors[1]))
+    cosine = min(max(dot_product(a, b) / divisors[0] / divisors[1], -1.0), 1.0)  # in this order NaN stays NaN
     if abs(cosine) > straight:
         return torch.lerp(a, b, t) if a.dtype == b.dtype else (1 - t) * a + t * b
     angle = math.acos(cosine)

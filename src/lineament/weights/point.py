@@ -288,9 +288,9 @@ class Point(Mapping[str, Tensor]):
         return math.sqrt(math.fsum(squares))
 
     def angle(self, other: "Point") -> float:
-        """Angle between two points as vectors, in radians; NaN where one is zero."""
+        """Angle between two points as vectors, in radians; NaN where one is zero or holds NaN."""
         product = self.norm() * other.norm()
-        return math.acos(max(-1.0, min(1.0, self.dot(other) / product))) if product else math.nan
+        return math.acos(min(max(self.dot(other) / product, -1.0), 1.0)) if product else math.nan
 
     def _parameters(self) -> list[tuple[str, Spec]]:
         return [(name, spec) for name, spec in self.specs.items() if spec.floating and name not in self.buffers]
@@ -334,12 +334,15 @@ class Point(Mapping[str, Tensor]):
         """Return a point with some tensors exchanged for given ones.
 
         Raises:
-            InputError: a name is unknown or a shape differs.
+            InputError: a name is unknown, a shape differs, or tied names are given different tensors.
         """
+        new: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if self.shape(name) != tuple(tensor.shape):
                 raise InputError(f"{name!r} has shape {self.shape(name)}; the tensor given {tuple(tensor.shape)}")
-        new = {self.ties.get(name, name): tensor for name, tensor in tensors.items()}
+            owner = self.ties.get(name, name)
+            if new.setdefault(owner, tensor) is not tensor and not torch.equal(new[owner], tensor):
+                raise InputError(f"the names tied to {owner!r} are given different tensors; untie them (point.untie())")
         specs = {n: Spec(new[n].dtype, s.shape) if n in new else s for n, s in self.specs.items()}
         return replace(
             self.computed(self.label, specs, [self], lambda name: new[name] if name in new else self.value(name)),
