@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,25 @@ modules:
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
+def test_a_base_beside_the_sources_of_a_slice_gives_the_same_layers(here, capsys):
+    """The result has them at the front: the base's own first layers are not what they were tuned from."""
+    text = """
+merge_method: task_arithmetic
+base_model: base
+parameters: {weight: 0.5}
+slices:
+  - sources: [{model: a, layer_range: [1, 3]}%s]
+"""
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert run(["merge", plan(here, text % ""), "-o", "c"]) == 0
+    assert run(["merge", plan(here, text % ", {model: base, layer_range: [1, 3]}"), "-o", "d"]) == 0
+    a, base, c, d = (Point.open(n) for n in ("a", "base", "c", "d"))
+    torch.testing.assert_close(c[name.format(0)], (a[name.format(1)] + base[name.format(1)]) / 2)
+    assert all(torch.equal(c[n], d[n]) for n in c)
+    assert run(["merge", plan(here, text % ", {model: b, layer_range: [0, 2]}"), "-o", "e"]) == 2
+    assert "list base among them" in capsys.readouterr().err
+
+
 def test_passthrough_repeats_layers(here):
     text = """
 merge_method: passthrough
@@ -247,6 +267,40 @@ def test_a_lora_is_extracted_and_merged_again(here, capsys):
     assert "nothing to extract" in capsys.readouterr().err
 
 
+def test_extracting_obeys_a_dry_run_and_refuses_what_it_would_not_do(here, capsys):
+    before = sorted(here.iterdir())
+    extract = ["merge", "a", "--base", "base", "--extract-lora", "2", "-o", "adapter"]
+    assert run([*extract, "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["dry_run"]
+    assert told["matrices"] == 3 * 7
+    assert sorted(here.iterdir()) == before
+    assert run([*extract, "--method", "ties", "--untie"]) == 2
+    assert "no use for --method, --untie" in capsys.readouterr().err
+    (here / "adapter").mkdir()
+    assert run([*extract, "--dry-run"]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_a_model_with_a_lora_is_a_model_to_every_command(here, capsys):
+    assert run(["merge", "a", "--base", "base", "--extract-lora", "2", "-o", "adapter"]) == 0
+    capsys.readouterr()
+    assert run(["diff", "base", "base+adapter", "--json", "--no-ranks"]) == 0
+    near = json.loads(capsys.readouterr().out)["all"]["distance"]
+    assert near == pytest.approx((Point.open("adapter", base="base") - Point.open("base")).norm(), rel=1e-5)
+    assert run(["merge", "base+adapter", "--base", "base", "--extract-lora", "2", "-o", "again"]) == 0
+    assert run(["signature", "extract", "base", "base", "base+adapter", "-o", "s.safetensors"]) == 0
+
+
+def test_diff_names_a_tensor_that_is_not_finite(here, capsys):
+    base = Point.open("base").state_dict()
+    base["model.norm.weight"][0] = float("nan")
+    (here / "c").mkdir()
+    save_file(base, here / "c" / "model.safetensors")
+    assert run(["diff", "base", "c"]) == 2
+    assert "'model.norm.weight' of c holds 1 NaN" in capsys.readouterr().err
+
+
 def test_a_dry_run_checks_everything_and_writes_nothing(here, capsys):
     before = sorted(here.iterdir())
     assert run(["merge", "a", "b", "-o", "c", "--dry-run", "--json"]) == 0
@@ -297,7 +351,7 @@ MERGE = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {mo
         ("merge_method: passthrough\nslices: [{sources: [{model: a}]}]\n", "layer_range of"),
         (MERGE + "modules: {text: 1, vision: 2}\n", "exactly one of"),
         ("modules: {text: {}, vision: {}}\nmerge_method: linear\n", "text, vision"),
-        (MERGE + "chat_template: alpaca\n", "'alpaca' is not known by name"),
+        (MERGE + "chat_template: alpacka\n", "'alpacka' is not known by name"),
         (MERGE.replace("model: a", "model: {model: a, lora: x, revision: y}"), "has revision"),
         ("[1, 2]", "holds no mapping"),
         ("a: [", "not valid YAML"),
@@ -470,3 +524,13 @@ def test_composing_learns_on_text_and_saves_a_model(here, capsys):
     name = "model.layers.1.mlp.up_proj.weight"
     (x,), (y,) = table[name]
     torch.testing.assert_close(c[name], base[name] + x * (a[name] - base[name]) + y * (b[name] - base[name]))
+    (here / "b").unlink()
+    shutil.copytree(Path("a").resolve(), here / "b")  # another context length is a matter of the tuned model's config
+    config = json.loads((here / "b" / "config.json").read_text())
+    (here / "b" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 7}))
+    for parts, out in ((1, "d"), (2, "e")):
+        command = ["compose", "base", "b", "--data", "words.txt", "--steps", "1", "-o", out, "--parts", str(parts)]
+        assert run(command) == 0
+        told = [json.loads((here / each / "config.json").read_text()) for each in ("base", out)]
+        assert told[0]["max_position_embeddings"] == told[1]["max_position_embeddings"] != 7
+        assert (here / out / "tokenizer.json").is_file()

@@ -1,5 +1,6 @@
 """`lineament compose` and `lineament signature`: task vectors with learned coefficients, and patches of robustness."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ def compose(
     """
     from lineament import io
     from lineament.cli.messages import print_json, quiet, require_new, show
+    from lineament.weights import Point
     from lineament.weights.compose_text import compose_on_text
 
     quiet()
@@ -39,7 +41,9 @@ def compose(
         base, tuned, data=data, steps=steps, lr=lr, tokens=tokens, parts=parts, budget=budget, blocks=blocks, seed=seed
     )
     table = composed.table()
-    composed.point().save(out, finish=lambda folder: io.write_json(folder / "coefficients.json", table))
+    # config and tokenizer are the base's, whatever the module or a tuned model brought along
+    point = replace(composed.point(), folder=Point.open(base).folder)
+    point.save(out, finish=lambda folder: io.write_json(folder / "coefficients.json", table))
     numbers = composed.coefficients.numel()
     if json:
         print_json({"out": str(out), "losses": losses, "coefficients": numbers})
@@ -67,11 +71,10 @@ def extract(
 
     Example: lineament signature extract base clean noisy --keep 'model.layers.0.*' --levels 16 -o noise.safetensors
     """
-    from lineament.weights import Point
     from lineament.weights import signature as room
+    from lineament.weights.sources import open_named
 
-    points = (Point.open(base), Point.open(clean), Point.open(corrupted))
-    found = room.extract(*points, keep=keep or ["*"])
+    found = room.extract(*map(open_named, (base, clean, corrupted)), keep=keep or ["*"])
     _said(room.save_signature(found, out, levels=levels, scheme=scheme, clip=clip), out, json)
 
 
@@ -122,10 +125,10 @@ def apply(
     json: Json = False,
 ) -> None:
     """Patch a model. Example: lineament signature apply clean noise.safetensors --alpha 0.8 -o patched"""
-    from lineament.weights import Point
     from lineament.weights import signature as room
+    from lineament.weights.sources import open_named
 
-    room.apply(Point.open(model), [room.load_signature(path) for path in signatures], out, alpha=alpha)
+    room.apply(open_named(model), [room.load_signature(path) for path in signatures], out, alpha=alpha)
     _said({}, out, json)
 
 

@@ -26,7 +26,9 @@ def merge(
     tokenizer: Annotated[
         str | None, typer.Option(help="union, base or a model: whose vocabulary the result has.")
     ] = None,
-    chat_template: Annotated[str | None, typer.Option(help="auto, chatml or the template itself.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="auto, chatml, llama3, mistral, alpaca, exaone or the template itself.")
+    ] = None,
     shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
     extract_lora: Annotated[
         int | None, typer.Option(help="Write the one model minus --base as a LoRA of this rank.")
@@ -49,7 +51,11 @@ def merge(
 
     quiet()
     if extract_lora is not None:
-        return _extract(models, base, out, extract_lora, json)
+        unused = {"--method": method, "--weight": weight, "--density": density, "--set": set_, "--dtype": dtype,
+                  "--tokenizer": tokenizer, "--chat-template": chat_template, "--seed": seed,
+                  "--shard-size": shard_size != "5GB", "--untie": untie}  # fmt: skip
+        _check_unused([option for option, given in unused.items() if given])
+        return _extract(models, base, out, extract_lora, dry_run, json, any_base=any_base, dequantise=dequantise)
     recipe = _recipe(models, method, base, weight, density, set_, dtype, tokenizer, chat_template)
     prepared = assemble.prepare(recipe, seed=seed, any_base=any_base, dequantise=dequantise, untie=untie)
     costs = prepared.costs()
@@ -126,26 +132,47 @@ def _told(told: dict[str, Any], dry_run: bool) -> list[str]:
     return lines
 
 
-def _extract(models: list[str], base: str | None, out: Path, rank: int, json: bool) -> None:
+def _check_unused(options: list[str]) -> None:
     from lineament._base.errors import InputError
-    from lineament.cli.messages import print_json, show
+
+    if options:
+        raise InputError(f"--extract-lora merges nothing and has no use for {', '.join(options)}; leave that out")
+
+
+def _extract(
+    models: list[str], base: str | None, out: Path, rank: int, dry_run: bool, json: bool, **options: bool
+) -> None:
+    from lineament._base.errors import InputError
+    from lineament.cli.messages import print_json, require_new, show
+    from lineament.io import human_bytes
     from lineament.weights import Point
-    from lineament.weights.lora import extract_adapter
+    from lineament.weights.lora import adapter_costs, extract_adapter
+    from lineament.weights.sources import open_named
 
     if len(models) != 1 or base is None:
         raise InputError(f"--extract-lora takes one model and --base; given {len(models)} models, base {base}")
-    kept = extract_adapter(Point.open(models[0]), Point.open(base), out, rank=rank, base_name=base)
-    least = min(kept.items(), key=lambda item: item[1], default=("nothing", 1.0))
-    told = {"out": str(out), "rank": rank, "matrices": len(kept), "least kept": least[1], "where": least[0]}
-    if json:
-        print_json({**told, "kept": kept})
+    require_new(out)
+    # the adapter names its base, which must therefore be a model that can be opened by one name
+    tuned, start = open_named(models[0], **options), Point.open(base, dequantise=options["dequantise"])
+    told: dict[str, Any] = {"out": str(out), "rank": rank, **adapter_costs(tuned, start, rank=rank)}
+    if dry_run:
+        said = f"LoRA of rank {rank} over at most {told['matrices']} matrices; writes at most "
+        said += f"{human_bytes(told['written'])}; nothing was written"
     else:
+        kept = extract_adapter(tuned, start, out, rank=rank, base_name=base)
+        least = min(kept.items(), key=lambda item: item[1], default=("nothing", 1.0))
+        told |= {"matrices": len(kept), "least kept": least[1], "where": least[0], "kept": kept}
+        told["written"] = (out / "adapter_model.safetensors").stat().st_size
         share = f"it keeps at least {least[1]:.1%} of the squared difference ({least[0]})"
-        show(f"LoRA of rank {rank} over {len(kept)} matrices; {share}", f"adapter: {out}")
+        said = f"LoRA of rank {rank} over {len(kept)} matrices; {share}\nadapter: {out}"
+    if json:
+        print_json({**told, "dry_run": dry_run})
+    else:
+        show(said)
 
 
 def diff(
-    first: Annotated[str, typer.Argument(help="A model.")],
+    first: Annotated[str, typer.Argument(help="A model; base+lora is one, too.")],
     second: Annotated[str, typer.Argument(help="Another one of the same shape.")],
     ranks: Annotated[bool, typer.Option(help="Also the effective rank of each difference.")] = True,
     picture: Annotated[
@@ -161,10 +188,11 @@ def diff(
     from lineament import io
     from lineament.cli.messages import print_json, quiet, show
     from lineament.report import heatmap, table
-    from lineament.weights import Point, compare
+    from lineament.weights import compare
+    from lineament.weights.sources import open_named
 
     quiet()
-    a, b = Point.open(first), Point.open(second)
+    a, b = open_named(first), open_named(second)
     rows = []
     with _bytes(a.nbytes(), "compare") as progress:
         for row in compare.compare(a, b, ranks=ranks):

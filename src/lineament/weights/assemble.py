@@ -14,14 +14,11 @@ from lineament.weights.point import Point
 from lineament.weights.recipe import Recipe, Slice
 from lineament.weights.settings import layer_places
 from lineament.weights.sources import open_named
+from lineament.weights.templates import chosen_template
 from lineament.weights.vocabulary import Vocabulary, build_vocabulary, load_tokenizer, vocabulary_names, with_vocabulary
 from lineament.weights.write import Rounded, merge_card, write_point
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def prepare(
         InputError: a model that can't be opened; models that do not fit together; layers that are not there; options
             that are unknown, missing or without a value for a tensor.
     """
-    _chosen_template(recipe, ())
+    chosen_template(recipe.chat_template, ())
     opened = {}
     for name in recipe.models:
         point = open_named(name, dequantise=dequantise, any_base=any_base)
@@ -156,8 +153,7 @@ def _task(
             raise InputError(f"{point.label} has no tensor {each!r}, which {name!r} of the result is made of")
     own = [i for i, (point, _) in enumerate(places) if base is None or not same_point(point, opened[base])]
     check_count(recipe.method, row, len(own), base is not None)
-    at = next((each for i, (_, each) in enumerate(places) if i not in own), name)
-    origin = None if base is None else (opened[base], at)
+    origin = None if base is None else (opened[base], _base_name(names, own, base, name))
     inputs = tuple(places[i] for i in own)
     shapes = {point.shape(each) for point, each in (*inputs, *([origin] if origin else []))}
     if len(shapes) > 1:
@@ -169,6 +165,17 @@ def _task(
         raise InputError(f"{recipe.method} needs statistics of each model; use weights.merge from Python")
     options = resolve(row, scopes, [one.parameters, recipe.parameters], name, t)
     return Task(inputs=inputs, base=origin, options=options, statistics=statistics)
+
+
+def _base_name(names: Sequence[str], own: Sequence[int], base: str, name: str) -> str:
+    """Return which of the base's tensors belongs beside those of the sources: its own, or the one they all have."""
+    listed_base = [each for i, each in enumerate(names) if i not in own]
+    if not listed_base and len(set(names)) > 1:
+        raise InputError(
+            f"{name!r} is made of other layers of each source ({listed(names)}); list {base} among them to say which "
+            "of its layers are the base"
+        )
+    return (listed_base or names)[0]
 
 
 def _stack(point: Point) -> str:
@@ -232,7 +239,7 @@ def run_recipe(
 ) -> Path:  # fmt: skip
     """Carry a plan out and write the model; see `prepare` and `write.write_point` for options and errors."""
     prepared = prepared or prepare(recipe, **options)
-    template = _chosen_template(recipe, prepared.templates)
+    template = chosen_template(recipe.chat_template, prepared.templates)
 
     def finish(partial: Path) -> None:
         if prepared.vocabulary is not None:
@@ -247,19 +254,3 @@ def run_recipe(
         prepared.point, out, dtype=recipe.dtype, max_shard_size=max_shard_size, card=card, finish=finish,
         progress=progress, resume=resume,
     )  # fmt: skip
-
-
-def _chosen_template(recipe: Recipe, templates: tuple[str, ...]) -> str:
-    wanted = recipe.chat_template
-    if not wanted:
-        return ""
-    if wanted == "auto":
-        known = [text for text in templates if text]
-        return max(known, key=known.count) if known else ""
-    if wanted == "chatml":
-        return CHATML
-    if "{" not in wanted:
-        raise InputError(
-            f"chat_template {wanted!r} is not known by name; expected auto, chatml or the Jinja text itself"
-        )
-    return wanted

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lineament.weights.geometry import dot_product
 from lineament.weights.point import Point
+from lineament.weights.write import check_tensor
 
 
 def compare(a: Point, b: Point, *, ranks: bool = True) -> Iterator[dict[str, Any]]:
@@ -23,12 +24,14 @@ def compare(a: Point, b: Point, *, ranks: bool = True) -> Iterator[dict[str, Any
         effective rank.
 
     Raises:
-        InputError: other names or shapes.
+        InputError: other names or shapes, or a tensor that holds NaN or infinity (named).
     """
     for name, spec in (b - a).specs.items():
         if not spec.floating:
             continue
         x, y = a.value(name), b.value(name)
+        check_tensor(name, x, a.label)
+        check_tensor(name, y, b.label)
         xx, yy, xy = dot_product(x, x), dot_product(y, y), dot_product(x, y)
         delta = y - x
         row = _row(name, list(spec.shape), xx, yy, dot_product(delta, delta), xy)
