@@ -165,6 +165,22 @@ def test_a_cut_off_evaluation_goes_on(made, tmp_path, monkeypatch):
     assert evidence.rows == made[3].rows
 
 
+@pytest.mark.parametrize(("dtype", "saved"), [(None, torch.bfloat16), ("fp32", torch.float32)])
+def test_a_student_is_saved_as_its_teacher_was_and_under_its_licence(tmp_path, dtype, saved):
+    from transformers import AutoModelForCausalLM
+
+    teacher = tmp_path / "teacher"
+    tiny_llama().bfloat16().save_pretrained(teacher)
+    tiny_tokenizer().save_pretrained(teacher)
+    (teacher / "README.md").write_text("---\nlicense: mit\n---\n# Teacher\n")
+    out, text = tmp_path / "student", text_folder(tmp_path / "text")
+    run(teacher, tiny_plan(text, keep="1", transfer_steps=0, distil_steps=1, evaluate_tokens=0), out, dtype=dtype)
+    held = open_weights(out)
+    assert {(".mixer." in name, held.dtype(name)) for name in held.names} == {(True, torch.float32), (False, saved)}
+    assert next(AutoModelForCausalLM.from_pretrained(out, dtype="auto").parameters()).dtype == saved
+    assert "its licence: mit" in (out / "README.md").read_text()
+
+
 def test_a_loaded_model_is_left_alone(tmp_path):
     model, tokenizer, text = tiny_llama(), tiny_tokenizer(), text_folder(tmp_path / "text")
     before = {name: one.clone() for name, one in model.state_dict().items()}

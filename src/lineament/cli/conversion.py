@@ -29,6 +29,9 @@ def convert(
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value: change one field of the plan.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from OUT.partial when it is there.")] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the saved weights: fp32, bf16 or fp16; else the teacher's.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Replace softmax attention by linear-time attention, keeping the weights that can be kept.
@@ -52,7 +55,7 @@ def convert(
         evidence = run_encoder(model, changes, out, resume=resume)
         table = evidence.table()
     else:
-        evidence = room.run(model, room.plan(plan, changes), out, budget=budget, resume=resume)
+        evidence = room.run(model, room.plan(plan, changes), out, budget=budget, resume=resume, dtype=dtype)
         table = room.shown(evidence)
     if json:
         print_json(evidence.to_json())

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lineament.convert.plan import Plan
@@ -43,6 +44,12 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 
 The weights come from `{teacher}` and stay under its licence: {licence}.
 """
+
+
+def card_in(folder: Path) -> str:
+    """Return the text of the model card in a folder; empty where there is none."""
+    path = folder / "README.md"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def licence_of(config: Any, folder_card: str = "") -> str:

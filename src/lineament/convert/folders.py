@@ -1,5 +1,7 @@
 """Models and students by name: looked at without their weights, loaded, measured, reported."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from lineament.models.adapters import adapter_for
 from lineament.report import Evidence
 
 Model = str | Path | tuple[Any, Any]
+SAVED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ENCODER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -35,7 +38,8 @@ def look(model: Model, *, weights: bool = True) -> ModelInfo:
         config = model[0].config
         name = getattr(config, "_name_or_path", "") or type(model[0]).__name__
         count = sum(one.numel() for one in model[0].parameters())
-        return info_from_config(_convertible(str(name), config), name=str(name), parameters=count)
+        dtype = _named(next(model[0].parameters()).dtype)
+        return info_from_config(_convertible(str(name), config), name=str(name), parameters=count, dtype=dtype)
     from transformers import AutoConfig
 
     from lineament.models.load import find_model
@@ -47,22 +51,24 @@ def look(model: Model, *, weights: bool = True) -> ModelInfo:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"{folder}/config.json is not a model's config: {error}") from None
-    count, largest = 0, 4
+    sizes: Counter[torch.dtype] = Counter()
     if weights:
         held = io.open_weights(folder)
-        count = sum(_numel(held.shape(name)) for name in held.names)
-        largest = max((held.dtype(name).itemsize for name in held.names), default=4)
-    info = info_from_config(_convertible(str(model), config), name=str(model), parameters=count, weight_bytes=largest)
+        for one in held.names:
+            sizes[held.dtype(one)] += math.prod(held.shape(one))
+    info = info_from_config(
+        _convertible(str(model), config), name=str(model), parameters=sizes.total(),
+        weight_bytes=max((one.itemsize for one in sizes), default=4),
+        dtype=_named(max(sizes, key=sizes.__getitem__, default=torch.float32)),
+    )  # fmt: skip
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise InputError(f"{folder} has no tokenizer; save it there (tokenizer.save_pretrained)")
     return info
 
 
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _named(dtype: torch.dtype) -> str:
+    """Return the name of a dtype that students are saved in: quantised weights are trained, and saved, in float32."""
+    return str(dtype).removeprefix("torch.") if dtype in SAVED else "float32"
 
 
 def _convertible(name: str, config: Any) -> Any:

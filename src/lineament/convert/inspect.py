@@ -22,7 +22,7 @@ class ModelInfo:
         parameters: in all; 0 when unknown. positions: longest context; 0 when unknown.
         kept_layers: layers that a conversion never touches (sliding windows). sliding_window: tokens they remember; 0:
             all. softcap: what attention logits are squashed to; 0: nothing.
-        weight_bytes: per number in the weights' files.
+        weight_bytes: per number in the weights' files, at most. dtype: of most of those numbers.
     """
 
     name: str
@@ -39,9 +39,12 @@ class ModelInfo:
     sliding_window: int = 0
     softcap: float = 0.0
     weight_bytes: int = 4
+    dtype: str = "float32"
 
 
-def info_from_config(config: Any, *, name: str, parameters: int = 0, weight_bytes: int = 4) -> ModelInfo:
+def info_from_config(
+    config: Any, *, name: str, parameters: int = 0, weight_bytes: int = 4, dtype: str = "float32"
+) -> ModelInfo:
     """Read a `ModelInfo` off a transformers config (its text part when it has several)."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = int(text.num_attention_heads)
@@ -60,6 +63,7 @@ def info_from_config(config: Any, *, name: str, parameters: int = 0, weight_byte
         sliding_window=int(getattr(text, "sliding_window", None) or 0),
         softcap=float(getattr(text, "attn_logit_softcapping", None) or 0),
         weight_bytes=weight_bytes,
+        dtype=dtype,
     )
 
 

@@ -19,6 +19,7 @@ class Job:
 
     Args:
         documents: {"train", "place", "test": {name: texts}}. name: the teacher's name as the user gave it.
+        card: text of the teacher's own model card, if it has one.
     """
 
     plan: Plan
@@ -27,6 +28,7 @@ class Job:
     tokenizer: Any
     documents: Documents
     name: str
+    card: str = ""
     _corpora: dict[str, Corpus] = field(default_factory=dict, repr=False)
 
     @property

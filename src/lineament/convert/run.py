@@ -12,6 +12,7 @@ from accelerate import PartialState
 from lineament import io
 from lineament._base.errors import InputError
 from lineament.convert import stages
+from lineament.convert.card import card_in
 from lineament.convert.check import require_fit
 from lineament.convert.folders import load, look
 from lineament.convert.job import Job
@@ -21,6 +22,8 @@ from lineament.convert.plans import plan as plan_named
 from lineament.convert.precision import denormals_flushed
 from lineament.convert.progress import Progress
 from lineament.convert.text import load_documents
+from lineament.models.load import find_model
+from lineament.models.place import find_dtype
 from lineament.report import Evidence
 
 SCRATCH = "work"
@@ -33,6 +36,7 @@ def run(
     *,
     budget: str | float | None = None,
     resume: bool = True,
+    dtype: str | None = None,
 ) -> Evidence:
     """Convert a pretrained softmax transformer to a linear-time student.
 
@@ -46,15 +50,17 @@ def run(
         out: folder for the student; must not exist.
         budget: training time such as "15min"; replaces the plan's own and its step counts.
         resume: go on from `OUT.partial` when it is there; False refuses it.
+        dtype: "fp32", "bf16" or "fp16", of the saved weights; None takes the teacher's. What the mixers have learned is
+            saved as exactly as it was trained.
 
     Returns:
         What was measured, also saved as evidence.json.
 
     Raises:
-        InputError: the model, the plan, the text or the folder won't do; nothing was made.
+        InputError: the model, the plan, the dtype, the text or the folder won't do; nothing was made.
         KeyboardInterrupt: the step in progress was finished and saved; the same call goes on.
     """
-    plan = plan_named(plan)
+    plan, saved = plan_named(plan), None if dtype is None else find_dtype(dtype)
     if budget is not None:
         plan = plan.change({"budget": str(budget)})
     out = Path(out)
@@ -62,11 +68,15 @@ def run(
         raise InputError(f"{out} exists already; choose another folder or remove it")
     require_fit(plan, look(model, weights=False), out)  # what a config says, before weights are fetched
     require_fit(plan, info := look(model), out)
+    info = info if saved is None else replace(info, dtype=str(saved).removeprefix("torch."))
     documents = load_documents(plan.data)
     teacher, tokenizer = load(model)
     if not isinstance(model, tuple):
         teacher.to(PartialState().device)
-    job = Job(plan=plan, info=info, teacher=teacher, tokenizer=tokenizer, documents=documents, name=info.name)
+    job = Job(
+        plan=plan, info=info, teacher=teacher, tokenizer=tokenizer, documents=documents, name=info.name,
+        card="" if isinstance(model, tuple) else card_in(find_model(model)),
+    )  # fmt: skip
     job.require_text()
     with stages.shared_folder(out, resume=resume, scratch=SCRATCH) as partial:
         _same_work(partial / SCRATCH / "asked.json", job)
@@ -82,7 +92,7 @@ def convert_in(job: Job, partial: Path, work: Path, progress: Progress) -> Evide
     student = stages.inherit(job, full, table, work, progress)
     job = replace(job, plan=stages.resolved(job, student, work, progress))
     stages.transfer_all(job, student, work, progress)
-    student = stages.distil_all(job, student, work, progress)
+    student = stages.rounded(job, stages.distil_all(job, student, work, progress))
     evidence = stages.evaluation(job, student, full, work, progress)
     stages.save(job, student, full, table, evidence, partial, progress)
     return evidence

@@ -280,6 +280,19 @@ def _save_distilled(student: nn.Module, path: Path) -> None:
     io.save_tensors(tensors, path)
 
 
+@torch.no_grad()
+def rounded(job: Job, student: nn.Module) -> nn.Module:
+    """Round a student's weights to the dtype they are saved in, so that what is measured is what is saved."""
+    for one in _teachers_part(student):
+        one.copy_(one.to(getattr(torch, job.info.dtype)))
+    return student
+
+
+def _teachers_part(student: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that the teacher has too: mixers keep the exactness that they were trained in."""
+    return (one for name, one in student.named_parameters() if ".mixer." not in name and one.is_floating_point())
+
+
 def evaluation(job: Job, student: nn.Module, full: Heads, work: Path, progress: Progress) -> Evidence:
     """Measure the student beside its teacher and the baselines."""
     plan, path = job.plan, work / "evidence.json"
@@ -332,8 +345,10 @@ def save(
     progress: Progress,
 ) -> None:
     """Write the student as an ordinary transformers folder, with card, plan, evidence and damage table."""
-    progress.stage("save", str(partial))
+    progress.stage("save", f"{partial}, {job.info.dtype}")
     if is_main():
+        for one in _teachers_part(student):
+            one.data = one.data.to(getattr(torch, job.info.dtype))
         student.save_pretrained(partial)  # pyright: ignore[reportCallIssue]
         job.tokenizer.save_pretrained(partial)
         io.write_json(partial / "evidence.json", evidence.to_json())
@@ -346,7 +361,7 @@ def save(
         card = model_card(
             title=f"{Path(job.name).name} in linear time", teacher=job.name, plan=job.plan, rows=evidence.rows,
             notes=evidence.notes, full=full, heads=job.info.layers * job.info.key_heads,
-            licence=licence_of(job.teacher.config),
+            licence=licence_of(job.teacher.config, job.card),
         )  # fmt: skip
         io.write_text(partial / "README.md", card)
     wait_for_all()
