@@ -27,6 +27,14 @@ def test_a_difference_is_read_at_each_rows_place_and_as_a_share():
         metric.between(model, clean, clean)
     with pytest.raises(ValueError, match="its own distractor"):
         LogitDifference(torch.tensor([3]), torch.tensor([3]))
+    with pytest.raises(ValueError, match="its own distractor"):
+        LogitDifference(torch.tensor([[5, 3], [4, 2]]), torch.tensor([[3, 7], [8, 9]]))
+
+
+def test_rows_may_have_fewer_answers_and_distractors_than_others():
+    metric = LogitDifference(torch.tensor([[5, 8, -1], [4, -1, -1]]), torch.tensor([[1, -1, -1], [2, 3, -1]]))
+    logits = torch.arange(20.0).view(2, 1, 10) ** 2
+    torch.testing.assert_close(metric(logits), torch.tensor([(25 + 64) / 2 - 1, 14**2 - (12**2 + 13**2) / 2]))
 
 
 def test_long_batches_pass_in_parts():

@@ -24,7 +24,7 @@ class LogitDifference:
         nothing, whole: [B], values that shall become 0 and 1; see `between`.
 
     Raises:
-        InputError: answers and distractors of unequal numbers of rows, or equal ones.
+        InputError: answers and distractors of unequal numbers of rows, or a token that is both in a row.
 
     Example:
         >>> metric = LogitDifference(torch.tensor([1]), torch.tensor([0]))
@@ -43,7 +43,8 @@ class LogitDifference:
             raise InputError(
                 f"{len(self.answer)} answers and {len(self.distractor)} distractors; expected a pair a row"
             )
-        if self.answer.shape == self.distractor.shape and bool((self.answer == self.distractor).any()):
+        answers, distractors = (x if x.dim() == 2 else x[:, None] for x in (self.answer, self.distractor))
+        if bool(((answers[:, :, None] == distractors[:, None]) & (answers >= 0)[:, :, None]).any()):
             raise InputError("an answer is its own distractor; nothing could tell them apart")
 
     def __call__(self, output: Any) -> Tensor:
