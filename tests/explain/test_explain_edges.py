@@ -31,22 +31,24 @@ def measured(model, inputs):
 def test_restarting_at_a_layer_gives_what_a_whole_run_gives(family):
     model, clean, corrupt = pair(family)
     sites = ["blocks.1.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_attn_out", "blocks.1.attn.hook_z"]
-    sites = sites if family == "opt" else [*sites, "blocks.1.hook_mlp_out", "blocks.1.hook_resid_mid"]
+    sites += [] if family == "opt" else ["blocks.1.hook_mlp_out"]
+    sites += [] if family in ("opt", "gpt-neox") else ["blocks.0.hook_resid_mid", "blocks.1.hook_resid_mid"]
     for site in sites:
         ((name, found),) = explain.effects(model, clean, corrupt, difference, site, method="patch").scores.items()
-        module, received = model.get_submodule(name.removesuffix(":input")), name.endswith(":input")
+        module, received = model.get_submodule(name.partition(":")[0]), ":" in name
         kept = []
 
         def keep(m, args, out=None, kept=kept):
-            kept.append((out if isinstance(out, torch.Tensor) else out[0]) if out is not None else args[0])
+            x = (out if isinstance(out, torch.Tensor) else out[0]) if out is not None else args[0]
+            kept.append(x.clone())
 
         hook = (module.register_forward_pre_hook if received else module.register_forward_hook)(keep)
         measured(model, clean)
         hook.remove()
         for t in range(5):
 
-            def put(x, t=t, new=kept[0]):
-                x = x.clone()
+            def put(x, t=t, new=kept[0], name=name):
+                x = x if name.endswith(":stream") else x.clone()  # (in place, what skips the MLP changes too)
                 x[:, t] = new[:, t]
                 return x
 
@@ -59,6 +61,27 @@ def test_restarting_at_a_layer_gives_what_a_whole_run_gives(family):
             expected = measured(model, corrupt)
             hook.remove()
             torch.testing.assert_close(found[:, t], expected - measured(model, corrupt), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_stream_before_the_last_mlp_holds_all_that_counts(family):
+    model, clean, corrupt = pair(family)
+    whole = measured(model, clean) - measured(model, corrupt)
+
+    def scores(**how):
+        found = explain.effects(model, clean, corrupt, difference, "blocks.1.hook_resid_mid", by="component", **how)
+        return next(iter(found.scores.values()))
+
+    torch.testing.assert_close(scores(method="patch"), whole, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(scores(method="resample"), -whole, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(scores(method="integrated-gradients", steps=100), whole, rtol=1e-3, atol=1e-5)
+
+
+def test_parallel_blocks_have_no_stream_between_attention_and_mlp():
+    model, clean, corrupt = pair("gpt-neox")
+    for site in ("blocks.1.hook_resid_mid", "gpt_neox.layers.1.post_attention_layernorm:stream"):
+        with pytest.raises(ValueError, match="stream"):
+            explain.effects(model, clean, corrupt, difference, site, method="patch")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,7 +279,8 @@ def test_names_of_transformerlens_mean_places_of_the_right_width(family):
     model, inputs, _ = pair(family)
     split = {"hook_q": 32, "hook_v": 16} if family in ("llama", "gemma2", "qwen3") else {}
     neurons = 128 if family == "gpt2" else 48
-    names = {"hook_embed": 32, "blocks.1.hook_resid_mid": 32, "blocks.1.mlp.hook_post": neurons}
+    names = {"hook_embed": 32, "blocks.1.hook_resid_pre": 32, "blocks.1.mlp.hook_post": neurons}
+    names |= {} if family == "gpt-neox" else {"blocks.1.hook_resid_mid": 32}
     names |= {"blocks.1.attn.hook_z": 32} | {f"blocks.1.attn.{name}": width for name, width in split.items()}
     for name, width in names.items():
         (found,) = values_at(model, inputs, [aliased(model, name)]).values()

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from lineament._base.errors import InputError
 from lineament.explain.places import first_tensor, one_place, replaced, run
-from lineament.explain.recording import accepts, check_mode
+from lineament.explain.recording import accepts, check_mode, module_of
 from lineament.explain.relevance import named
 from lineament.explain.restart import decoder_layers
 from lineament.graph import Where, capture, logits_in, output_from
@@ -107,7 +107,8 @@ class Layer:
         return {name: x[rows.to(x.device)] for name, x in self.inputs.items()}
 
     def _passed_on(self, inputs: Mapping[str, Any]) -> Tensor:
-        module, received = self.name.removesuffix(":input"), self.name.endswith(":input")
+        module = module_of(self.name)
+        received = module != self.name
         with (
             torch.no_grad(),
             capture(

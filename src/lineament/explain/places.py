@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lineament._base.errors import InputError, unknown
-from lineament.explain.recording import accepts, tapped
+from lineament.explain.recording import accepts, module_of, tapped
 from lineament.graph import Where, capture
 from lineament.models import adapter_for, head_shape
 
 ALIASES = {
     r"blocks\.(\d+)\.hook_resid_pre": "{layers}.{0}:input",
-    r"blocks\.(\d+)\.hook_resid_mid": "{layers}.{0}.{mlp_reads}:input",
+    r"blocks\.(\d+)\.hook_resid_mid": "{layers}.{0}.{mlp_reads}:stream",
     r"blocks\.(\d+)\.hook_resid_post": "{layers}.{0}",
     r"blocks\.(\d+)\.attn\.hook_([qkv])": "{layers}.{0}.{attention}.{1}_proj",
     r"blocks\.(\d+)\.attn\.hook_z": "{layers}.{0}.{attention}.{out}:input",
@@ -132,6 +132,8 @@ def _names(model: nn.Module, site: str) -> dict[str, str]:
         found["mlp_reads"] = adapter.reads[1]
     elif "resid_mid" in site:
         raise InputError(f"where {adapter.model_type} has {site!r} is not known; name a module")
+    if "resid_mid" in site and getattr(model.config, "use_parallel_residual", False):
+        raise InputError(f"attention and MLP of {adapter.model_type} read the same stream, so it has no {site!r}")
     if "mlp.hook" in site and not found["mlp"]:
         raise InputError(f"the MLP of {adapter.model_type} has no module of its own, so {site!r} is not known")
     return found
@@ -158,7 +160,7 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 def one_place(model: nn.Module, site: Where) -> str:
     """Return the name of the only place that is meant."""
     outs, ins = tapped(model, [aliased(model, site)])
-    names = [*outs, *(f"{name}:input" for name in ins)]
+    names = [*outs, *(place for places in ins.values() for place in places)]
     if len(names) != 1:
         raise InputError(f"{site!r} means {len(names)} places; name one")
     return names[0]
@@ -169,14 +171,14 @@ def values_at(
 ) -> dict[str, Tensor]:
     """Return what each place holds. `stop`: leave the model after the last one."""
     outs, ins = tapped(model, places)
-    wanted = outs | ins
+    wanted = outs | set(ins)
     with torch.no_grad(), capture(model, lambda name, _: name in wanted, inputs=True, clone=True, stop=stop) as seen:
         run(model, inputs)
     for name in seen:
         if len(seen[name]) != 1:
             raise InputError(f"{name!r} was called {len(seen[name])} times; effects are of modules called once")
     found = {name: seen.tensor(name) for name in seen if name in outs}
-    return found | {f"{name}:input": first_tensor(seen.inputs(name)[0]) for name in seen if name in ins}
+    return found | {place: first_tensor(seen.inputs(name)[0]) for name in seen for place in ins.get(name, ())}
 
 
 def first_tensor(tree: Any) -> Tensor:
@@ -186,7 +188,15 @@ def first_tensor(tree: Any) -> Tensor:
 
 @contextmanager
 def replaced(model: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Change what a module passes on, or what it receives (a name that ends in ":input"), while the block runs."""
+    """Change what a place holds while the block runs.
+
+    That is what a module passes on, or what it alone receives ("...:input"); of a layer's norm before the MLP also the
+    residual stream as it is there ("...:stream"), which goes on beside the MLP too.
+    """
+    if site.endswith(":stream"):
+        with _replaced_stream(model, site, change):
+            yield
+        return
 
     def changed(tree: Any) -> Any:
         leaves, spec = pytree.tree_flatten(tree)
@@ -201,4 +211,25 @@ def replaced(model: nn.Module, site: str, change: Callable[[Tensor], Tensor]) ->
         else:
             hook = module.register_forward_hook(lambda m, args, output: changed(output))
         hooks.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _replaced_stream(model: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the stream between attention and MLP, through what attention adds to it: no module receives it alone."""
+    adapter = adapter_for(model)
+    layer, _, name = module_of(site).rpartition(".")
+    parallel = getattr(model.config, "use_parallel_residual", False)
+    if parallel or not adapter.reads or not layer.startswith(f"{adapter.layers}.") or name != adapter.reads[1]:
+        raise InputError(f"{site!r} is no place of the residual stream; that is known of layers' norms before the MLP")
+    before: list[Tensor] = []
+
+    def added(y: Tensor) -> Tensor:
+        x = before.pop() + y
+        return y + (change(x) - x)  # (where nothing changes, not a digit does)
+
+    with (
+        replaced(model, f"{layer}.{adapter.reads[0]}:input", lambda x: before.append(x) or x),
+        replaced(model, f"{layer}.{adapter.writes[0]}", added),
+    ):
         yield

@@ -23,6 +23,9 @@ from lineament._base.backends import plain_autograd
 from lineament._base.errors import InputError
 from lineament.graph import Where, select
 
+SIDES = (":input", ":stream")
+"""What a name of a module may end in, if not its output is meant: what it receives; the residual stream there."""
+
 _AS_RESHAPE = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias")  # strides may differ when computed again
 
 
@@ -244,8 +247,8 @@ def _watch(model: nn.Module, found: Recording, at: Sequence[Where], hooks: ExitS
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             starts.append(_number())
-            if name in ins:
-                _tap(found, f"{name}:input", (args, kwargs))
+            for place in ins.get(name, ()):
+                _tap(found, place, (args, kwargs))
 
         return hook
 
@@ -262,14 +265,23 @@ def _watch(model: nn.Module, found: Recording, at: Sequence[Where], hooks: ExitS
         hooks.callback(module.register_forward_hook(after(name), with_kwargs=True).remove)
 
 
-def tapped(model: nn.Module, at: Sequence[Where]) -> tuple[set[str], set[str]]:
-    """Return the names of the modules whose outputs, and of those whose inputs, are tapped."""
+def module_of(place: str) -> str:
+    """Return the name of the module that a place is named after."""
+    return next((place.removesuffix(side) for side in SIDES if place.endswith(side)), place)
+
+
+def tapped(model: nn.Module, at: Sequence[Where]) -> tuple[set[str], dict[str, list[str]]]:
+    """Return the names of the modules whose outputs are tapped, and of those whose inputs are, with their places."""
     outs: set[str] = set()
-    ins: set[str] = set()
+    ins: dict[str, list[str]] = {}
     first = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     for where in at:
-        wanted, side = (where[:-6], ins) if isinstance(where, str) and where.endswith(":input") else (where, outs)
-        side.update(first[id(module)] for module in select(model, wanted).values())
+        wanted = module_of(where) if isinstance(where, str) else where
+        for name in dict.fromkeys(first[id(module)] for module in select(model, wanted).values()):
+            if wanted == where:
+                outs.add(name)
+            elif (place := f"{name}{where[len(wanted) :]}") not in ins.setdefault(name, []):
+                ins[name].append(place)
     return outs, ins
 
 

@@ -184,7 +184,7 @@ def _seed(
 
 def _place_taps(sweep: Sweep, model: nn.Module, at: Sequence[Where], rules: Rules) -> None:
     outs, ins = tapped(model, at)
-    for name in [*outs, *(f"{name}:input" for name in ins)]:
+    for name in [*outs, *(place for places in ins.values() for place in places)]:
         for place in sweep.tape.places.get(name, ()):
             sweep.tapped.setdefault(place, []).append(name)
     for name, chosen in rules.channels.items():

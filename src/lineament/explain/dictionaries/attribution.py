@@ -18,6 +18,7 @@ from lineament.explain.dictionaries.activations import Said
 from lineament.explain.dictionaries.hooks import Placed, check_layers
 from lineament.explain.operators import OPERATORS
 from lineament.explain.places import first_tensor, replaced, run, values_at
+from lineament.explain.recording import module_of
 from lineament.explain.relevance import propagate
 from lineament.explain.rules import RELP_AH, Rules
 from lineament.graph import capture
@@ -184,8 +185,8 @@ class Frozen:
 
     def _swept(self, targets: Targets, part: list[int], sources: Sources) -> Tensor:
         u, at = targets.directions[part], torch.tensor([targets.nodes[i].position for i in part])
-        module = targets.place.removesuffix(":input")
-        inputs, outputs = targets.place.endswith(":input"), not targets.place.endswith(":input")
+        module = module_of(targets.place)
+        inputs, outputs = module != targets.place, module == targets.place
         with ExitStack() as stack:
             stack.enter_context(self._constant_mlps())
             stack.enter_context(self._constant_patterns())

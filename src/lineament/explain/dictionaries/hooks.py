@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lineament._base.errors import InputError, near_miss
 from lineament.explain.dictionaries.module import Dictionary
 from lineament.explain.places import ALIASES, aliased, replaced
+from lineament.explain.recording import module_of
 from lineament.graph import select
 from lineament.models import adapter_for, head_shape
 
@@ -32,7 +33,7 @@ class Placed:
 
     Attributes:
         dictionary: for the numbers that the model itself holds.
-        reads, writes: places by our names; ":input" means what a module receives.
+        reads, writes: places by our names; ":input" means what a module receives, ":stream" the residual stream there.
         layer: which one.
     """
 
@@ -65,7 +66,7 @@ def placed(model: nn.Module, dictionary: Dictionary, *, centred: bool | None = N
     if reads in ("", ":input") or writes == "":
         raise InputError("the dictionary doesn't say what it reads and writes; set reads= and writes= in its config")
     for place in (reads, writes):
-        select(model, place.removesuffix(":input"))
+        select(model, module_of(place))
     found = LAYER.search(writes)
     _check_width(model, dictionary)
     module = next(iter(select(model, reads.removesuffix(":input")).values()))

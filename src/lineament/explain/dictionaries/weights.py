@@ -28,7 +28,7 @@ def read_directions(model: nn.Module, at: Placed, features: Sequence[int] | None
     if not adapter.reads:
         raise InputError(f"what reads the residual stream of {adapter.model_type} is not known")
     norm, mlp = f"{layer}.{adapter.reads[1]}", f"{layer}.{adapter.down.rpartition('.')[0]}:input"
-    if at.reads in (layer, f"{layer}:input", f"{norm}:input"):
+    if at.reads in (layer, f"{layer}:input", f"{norm}:input", f"{norm}:stream"):
         return W.clone()
     if at.reads not in (norm, mlp):
         raise InputError(f"{at.reads!r} is not read from the residual stream, so its features have no direction there")
