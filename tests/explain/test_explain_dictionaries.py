@@ -116,6 +116,12 @@ def test_what_is_loaded_is_saved_bit_for_bit(kind, dtype, tmp_path):
     assert again.config.transcodes == d.config.transcodes
 
 
+def test_a_dictionary_of_heads_side_by_side_is_saved_as_such(tmp_path):
+    for site, form in (("blocks.0.attn.hook_z", "hook_z"), ("blocks.0.hook_resid_mid", "none")):
+        dictionary(activation="relu", input_bias="output", reads=site, writes=site).save(tmp_path / form)
+        assert json.loads((tmp_path / form / "cfg.json").read_text())["reshape_activations"] == form
+
+
 def test_an_own_input_bias_is_folded_when_saved(tmp_path):
     d, x = dictionary(**KINDS[2]), torch.randn(4, 6, dtype=torch.float64)
     d.save(tmp_path / "a")

@@ -54,7 +54,9 @@ def network(
             c.axes.add_patch(line)
         box = {"boxstyle": "round,pad=0.25", "facecolor": c.paper, "edgecolor": c.soft, "linewidth": 0.7}
         for name, (x, y) in places.items():
-            c.axes.text(x, y, name, ha="center", va="center", fontsize=7.5, color=c.ink, zorder=2, bbox=box)
+            c.axes.text(
+                x, y, name, ha="center", va="center", fontsize=7.5, color=c.ink, zorder=2, bbox=box, parse_math=False
+            )
         c.axes.set_axis_off()
         c.axes.set_xlim(0, 1)
         c.axes.set_ylim(-0.6, len(ranks) - 0.4)

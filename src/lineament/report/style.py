@@ -45,11 +45,12 @@ class Canvas:
         return self.colours[index % len(self.colours)]
 
     def label(self, title: str | None, xlabel: str, ylabel: str) -> None:
-        """Write the title and what the axes measure."""
+        """Write the title and what the axes measure, as they are: tokens have dollars in them."""
         if title:
-            self.axes.set_title(title, loc="left", color=self.ink, fontsize=11.5, fontweight="bold", pad=10)
-        self.axes.set_xlabel(xlabel, color=self.soft)
-        self.axes.set_ylabel(ylabel, color=self.soft)
+            look: dict[str, Any] = {"fontsize": 11.5, "fontweight": "bold", "pad": 10}
+            self.axes.set_title(title, loc="left", color=self.ink, parse_math=False, **look)
+        self.axes.set_xlabel(xlabel, color=self.soft, parse_math=False)
+        self.axes.set_ylabel(ylabel, color=self.soft, parse_math=False)
 
     def legend(self) -> None:
         """Name the series above the axes, where they hide nothing."""

@@ -194,7 +194,7 @@ def saelens_config(dictionary: Dictionary) -> dict[str, Any]:
     return {
         "architecture": architecture, "d_in": c.inputs, "d_sae": c.features, "dtype": dtype, "device": "cpu",
         "apply_b_dec_to_input": c.input_bias == "output", "normalize_activations": c.norm,
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if c.reads.endswith("hook_z") else "none",  # heads side by side
         **({"d_out": c.outputs} if c.transcodes else {}), **({"k": c.k} if c.activation == "topk" else {}),
         "metadata": {"sae_lens_version": LAYOUT, **c.metadata, **places},
     }  # fmt: skip
