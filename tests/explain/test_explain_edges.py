@@ -1,6 +1,7 @@
 """Edges and paths, against runs changed by hand; and a model that comes back as it was."""
 
 import hashlib
+from copy import deepcopy
 
 import pytest
 import torch
@@ -123,6 +124,27 @@ def test_one_edge_cut_is_that_edge_patched(family):
         with rewired(model, at, other, cut):
             one = measured(model, clean) - whole
         torch.testing.assert_close(found[at.edge(reader, writer)], one, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["attribution", "relp", "integrated-gradients", "direct"])
+def test_effects_in_half_precision_are_those_in_single(method, dtype):
+    half, inputs, _ = make("llama", dtype)
+    given = inputs, {"input_ids": (inputs["input_ids"] + 7) % 58 + 3}, difference
+    for sites in ("*->logits", ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]):
+        found, wanted = (
+            torch.stack(list(explain.effects(model, *given, sites, method=method, by="component").scores.values()))
+            for model in (half, deepcopy(half).float())
+        )
+        torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.1 * float(wanted.abs().max()))
+
+
+def test_a_circuit_of_a_model_in_bfloat16_is_found():
+    model, inputs, _ = make("llama", torch.bfloat16)
+    metric = explain.LogitDifference(torch.tensor([5, 6]), torch.tensor([9, 2]))
+    found = explain.circuit(model, inputs, {"input_ids": (inputs["input_ids"] + 7) % 58 + 3}, metric, size=20)
+    assert found.level == "edge"
+    assert len(found.parts) > 0
 
 
 def test_an_edge_reaches_its_reader_alone():

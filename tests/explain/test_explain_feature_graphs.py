@@ -1,6 +1,7 @@
 """Attribution graphs through transcoders, features by their weights, dashboards, and the command."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -62,6 +63,17 @@ def test_a_students_graph_adds_up_too(kind):
             torch.testing.assert_close(
                 at.edges(targets, sources).sum(1), wanted + targets.offsets, rtol=1e-9, atol=1e-9
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_graphs_of_half_precision_are_those_of_single(dtype):
+    model = make("llama", dtype)[0]
+    _, _, half = frozen("llama", model=model)
+    _, _, single = frozen("llama", model=deepcopy(model).float())
+    found, wanted = (at.edges(at.logits(mass=1.0, most=3, chosen=[5, 9]), at.sources()) for at in (half, single))
+    tokens = slice(0, 6)  # (features that are barely on may differ)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found[:, tokens], wanted[:, tokens], rtol=0.1, atol=0.1 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -59,7 +59,7 @@ def edge_scores(
         by_group.setdefault(at.writers[writer].group, []).append((reader, writer))
     found = {}
     for group, edges in by_group.items():
-        change = at.written(group, new[group] - old[group])
+        change = at.written(group, new[group] - old[group]).to(slopes)
         products = torch.einsum("wbtd,rbtd->rwbt", change, slopes)
         for reader, writer in edges:
             found[at.edge(reader, writer)] = grid.sums(products[reader, at.writers[writer].part][..., None])

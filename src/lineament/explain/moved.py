@@ -163,8 +163,9 @@ def _written(model: nn.Module, site: str, slope: Tensor) -> Tensor:
     module = model.get_submodule(name)
     if name.rpartition(".")[2] != adapter.projections[-1]:
         raise InputError(f"{site!r} is not written to the residual stream, so it has no direct effect; name what is")
-    weight: Any = module.weight
-    return slope @ (weight if isinstance(module, nn.Linear) else weight.mT)  # (transformers' Conv1D is transposed)
+    weight: Any = module.weight.detach()
+    turned = weight if isinstance(module, nn.Linear) else weight.mT  # (transformers' Conv1D is transposed)
+    return slope @ turned.to(slope)
 
 
 def _mean_slopes(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lineament._base.errors import InputError
 from lineament.explain.dictionaries.activations import Said
 from lineament.explain.dictionaries.hooks import Placed, check_layers
+from lineament.explain.linear import wide
 from lineament.explain.operators import OPERATORS
 from lineament.explain.places import first_tensor, replaced, run, values_at
 from lineament.explain.recording import module_of
@@ -151,7 +152,7 @@ class Frozen:
             if own:
                 at, d = torch.tensor([node.index for node in own]), each.dictionary
                 offsets = d.b_enc[at] if d.b_read is None else d.b_enc[at] - d.W_enc[at] @ d.b_read
-                found.append(Targets(own, each.reads, d.W_enc[at].detach(), offsets.detach()))
+                found.append(Targets(own, each.reads, wide(d.W_enc[at].detach()), offsets.detach()))
         return found
 
     def logits(self, *, mass: float, most: int, chosen: Sequence[int] | None) -> Targets:
@@ -163,7 +164,7 @@ class Frozen:
             count = int((probabilities[order].cumsum(0) < mass).sum()) + 1
             at = order[:count] if chosen is None else torch.tensor(list(chosen))
             head: Any = self.model.get_submodule(self.adapter.head)
-            W, b = head.weight.detach(), head.bias
+            W, b = wide(head.weight.detach()), head.bias
             directions = W[at] - W.mean(0)
             offsets = torch.zeros(len(at)).to(W) if b is None else b[at] - b.mean()
         t, layer = self.ids.shape[1] - 1, len(self.layers)
@@ -208,7 +209,9 @@ class Frozen:
             if place in arrived:
                 own = torch.tensor([j for j, where in enumerate(sources.places) if where == place])
                 positions = torch.tensor([sources.nodes[j].position for j in own.tolist()])
-                found[:, own] = torch.einsum("bsd,sd->bs", arrived[place][:, positions].to(u), sources.vectors[own])
+                found[:, own] = torch.einsum(
+                    "bsd,sd->bs", arrived[place][:, positions].to(u), sources.vectors[own].to(u)
+                )
         found[:, -1] = targets.offsets[part] + self._constants(arrived, u)
         return found
 
@@ -217,7 +220,7 @@ class Frozen:
         total: Any = 0
         for layer, each in self.by_layer.items():
             if self.written[layer] in arrived:
-                total = total + (arrived[self.written[layer]].to(u) @ each.dictionary.b_dec.detach()).sum(1)
+                total = total + (arrived[self.written[layer]].to(u) @ each.dictionary.b_dec.detach().to(u)).sum(1)
         for name, bias in self.biased.items():
             if name in arrived:
                 total = total + (arrived[name].to(u) @ bias.to(u)).sum(1)
