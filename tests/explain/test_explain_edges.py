@@ -223,6 +223,30 @@ def test_direct_effects_are_those_of_the_edges_to_the_logits():
     assert all(bool((x == 0).all()) for name, x in found.items() if not name.endswith("->logits"))
 
 
+def test_keys_and_values_that_heads_share_are_cut_into_their_own_heads():
+    model, clean, corrupt = pair()  # four heads on two keys of width 8
+    kept = []
+    hook = model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda m, args, out: kept.append(out))
+    measured(model, clean)
+    hook.remove()
+    found = explain.effects(model, clean, corrupt, difference, "blocks.0.attn.hook_v", method="patch", by="head").scores
+    scores = found["model.layers.0.self_attn.v_proj"]
+    assert scores.shape == (2, 2)
+    for head, columns in enumerate((slice(0, 8), slice(8, 16))):
+
+        def put(m, args, out, columns=columns):
+            out = out.clone()
+            out[..., columns] = kept[0][..., columns]
+            return out
+
+        hook = model.model.layers[0].self_attn.v_proj.register_forward_hook(put)
+        expected = measured(model, corrupt)
+        hook.remove()
+        torch.testing.assert_close(scores[:, head], expected - measured(model, corrupt))
+    with pytest.raises(ValueError, match="width 61 has no heads of 8"):
+        explain.effects(model, clean, corrupt, difference, "lm_head", method="patch", by="head")
+
+
 def test_places_are_cut_by_component_head_and_neuron():
     model, clean, corrupt = pair()
     for method in ("patch", "relp"):

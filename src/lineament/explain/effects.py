@@ -89,7 +89,8 @@ def effects(
             "attribution", "relp", "relp-ah" (attention patterns constant), "integrated-gradients" (of the place; of
             edges along the embeddings), or "direct" (through the last norm and the head alone).
         by: "component" (the whole place), "position", "head", "neuron", or several; by position if None.
-        heads: split the last axis into so many heads, and score each; the model's own number if `by` asks for heads.
+        heads: split the last axis into so many heads, and score each; if `by` asks for heads, those of the model's own
+            width (so keys and values that heads share are as many as there are of them).
         positions: look at these alone, all if None; -1 is the last.
         steps: of integrated gradients.
         rows: rows per forward pass.

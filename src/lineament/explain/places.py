@@ -39,21 +39,27 @@ class Grid:
 
     Attributes:
         by: of `AXES`; "component" is the whole place.
-        heads: parts of the last axis, if by head.
+        heads: parts of the last axis, if by head; if None, as many as are `width` wide, so that keys and values which
+            heads share are cut into their own.
         positions: the positions looked at; all if None. Negative ones count from the end.
+        width: of a head.
     """
 
     by: tuple[str, ...]
     heads: int | None = None
     positions: tuple[int, ...] | None = None
+    width: int | None = None
 
     def parts(self, x: Tensor) -> Tensor:
         """Return x as [B, T, U, W], U parts by head or neuron (one, if by neither)."""
-        count = self.heads if "head" in self.by else x.shape[-1] if "neuron" in self.by else 1
-        assert count is not None
-        if x.shape[-1] % count:
-            raise InputError(f"a place of width {x.shape[-1]} has no {count} heads; pass heads=, or another place")
-        return x.unflatten(-1, (count, -1))
+        if not {"head", "neuron"} & set(self.by):
+            return x.unflatten(-1, (1, -1))
+        if "neuron" in self.by:
+            return x.unflatten(-1, (-1, 1))
+        if x.shape[-1] % (self.heads or self.width or 1):
+            said = f"{self.heads} heads" if self.heads else f"heads of {self.width}"
+            raise InputError(f"a place of width {x.shape[-1]} has no {said}; pass heads=, or another place")
+        return x.unflatten(-1, (self.heads, -1) if self.heads else (-1, self.width or 1))
 
     def at(self, length: int) -> list[int]:
         """Return the positions looked at, counted from the start."""
@@ -100,11 +106,12 @@ def grid_of(
             raise unknown("way to cut places", axis, AXES)
     if {"head", "neuron"} <= set(named):
         raise InputError("effects are by head or by neuron; a neuron of a head is just a neuron of the place")
-    if "head" in named and heads is None:
+    width = None
+    if "head" in named and not heads:
         if not hasattr(model, "config"):
             raise InputError(f"{type(model).__name__} doesn't say how many heads it has; pass heads=")
-        heads = head_shape(model.config)["heads"]
-    return Grid(named, heads, None if positions is None else tuple(positions))
+        width = head_shape(model.config)["key_width"]
+    return Grid(named, heads, None if positions is None else tuple(positions), width)
 
 
 def aliased(model: nn.Module, site: Where) -> Where:
