@@ -43,6 +43,27 @@ def test_every_estimate_is_exact_on_a_linear_model(method):
         torch.testing.assert_close(scores[0][site], scores[1][site], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("where", ["attention", "module"])
+def test_models_that_drop_out_are_refused(where):
+    model, clean, corrupt = llama()
+    if where == "attention":  # a function, no module
+        model.model.layers[1].self_attn.attention_dropout = 0.1
+    else:
+        model.model.layers[1].extra = nn.Dropout(0.1).eval()
+    metric = explain.LogitDifference(torch.tensor([5, 6]), torch.tensor([9, 2]))
+    given = model, clean, corrupt, metric
+    explain.effects(*given, MLPS, method="patch")  # in eval mode they are fine
+    model.train()
+    for refused in (
+        lambda: explain.effects(*given, MLPS, method="patch"), lambda: explain.effects(*given, MLPS, method="mean"),
+        lambda: explain.effects(*given, "m0->logits", method="patch"), lambda: explain.circuit(*given),
+        lambda: explain.steering_vector(model, clean, corrupt, MLPS[0]), lambda: metric.between(*given[:3]),
+        lambda: explain.depth(model, [torch.arange(3, 23)]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="drops out in training mode"):
+            refused()
+
+
 def test_patching_the_whole_last_residual_is_the_whole_difference():
     model, clean, corrupt = llama()
     found = explain.effects(model, clean, corrupt, difference, "model.layers.1", method="patch").scores[

@@ -19,6 +19,7 @@ from lineament.explain.edges import edge_scores, moved_edges, reader_slopes
 from lineament.explain.effects import METHODS, rows_of
 from lineament.explain.moved import ABLATIONS, How, Metric, ablated, moved
 from lineament.explain.places import Grid, check_aligned, run
+from lineament.explain.recording import check_mode
 from lineament.explain.relevance import named
 from lineament.explain.wiring import Wiring, rewired, wiring, without
 from lineament.io import Parts
@@ -310,6 +311,7 @@ def _checked(
             raise unknown(kind, chosen, known)
     if method == "integrated-gradients" and ablation != "resample" and level == "edge":
         raise InputError("integrated gradients of edges lead to the corrupt run; take ablation='resample'")
+    check_mode(model)
     given = named(model, clean), named(model, corrupt)
     check_aligned(*given)
     count, cut = _rows(given[0]), getattr(metric, "rows", None)

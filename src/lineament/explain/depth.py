@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lineament._base.errors import InputError
 from lineament._base.seeds import generator
+from lineament.explain.recording import check_mode
 from lineament.graph import (
     LinearMaps,
     SkipEffects,
@@ -94,7 +95,7 @@ def depth(
         parts: where what is found of each text is kept.
 
     Raises:
-        InputError: no texts, one too short, or no layers to be found.
+        InputError: no texts, one too short, no layers to be found, or a model that would drop out.
 
     Example:
         >>> from lineament import models
@@ -102,6 +103,7 @@ def depth(
         >>> found.layers, len(found.lens["KL"])
         (3, 4)
     """
+    check_mode(model)
     names, added = (list(layers), attention) if layers is not None else layer_names(model)
     batches = [_row(text) for text in texts]
     if not batches:

@@ -17,6 +17,7 @@ from lineament._base.errors import InputError, unknown
 from lineament.explain.edges import moved_edges
 from lineament.explain.moved import ABLATIONS, SLOPES, How, Metric, ablated, moved
 from lineament.explain.places import aliased, check_aligned, grid_of, values_at
+from lineament.explain.recording import check_mode
 from lineament.explain.relevance import named
 from lineament.graph import Where
 from lineament.io import Parts
@@ -97,7 +98,8 @@ def effects(
         tick: called with (done, all) places by methods that take a pass per place.
 
     Raises:
-        InputError: inputs of unequal shapes, an unknown method, or a site that passes no [B, T, D].
+        InputError: inputs of unequal shapes, an unknown method, a site that passes no [B, T, D], or a model that would
+            drop out or normalise by the batch.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
@@ -108,6 +110,7 @@ def effects(
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
+    check_mode(model)
     to, source = named(model, corrupt), named(model, clean)
     check_aligned(source, to)
     listed = [sites] if isinstance(sites, str | type) or callable(sites) else list(sites)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lineament._base.errors import InputError
 from lineament.explain.places import run
+from lineament.explain.recording import check_mode
 from lineament.explain.targets import scores_of
 
 
@@ -70,8 +71,9 @@ class LogitDifference:
         """Return the same metric as a share of the way from the corrupt run, 0, to the clean one, 1, row by row.
 
         Raises:
-            InputError: a row whose two runs do not differ.
+            InputError: a row whose two runs do not differ, or a model that would drop out.
         """
+        check_mode(model)
         plain = replace(self, nothing=None, whole=None)
         with torch.no_grad():
             whole, nothing = (plain(run(model, inputs)) for inputs in (clean, corrupt))

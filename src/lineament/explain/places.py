@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lineament._base.errors import InputError, unknown
-from lineament.explain.recording import accepts, module_of, tapped
+from lineament.explain.recording import accepts, check_mode, module_of, tapped
 from lineament.graph import Where, capture
 from lineament.models import adapter_for, head_shape
 
@@ -176,7 +176,12 @@ def one_place(model: nn.Module, site: Where) -> str:
 def values_at(
     model: nn.Module, inputs: Mapping[str, Any], places: Sequence[Where], *, stop: bool = False
 ) -> dict[str, Tensor]:
-    """Return what each place holds. `stop`: leave the model after the last one."""
+    """Return what each place holds. `stop`: leave the model after the last one.
+
+    Raises:
+        InputError: the model would drop out or normalise by the batch, or a place's module is called more than once.
+    """
+    check_mode(model)
     outs, ins = tapped(model, places)
     wanted = outs | set(ins)
     with torch.no_grad(), capture(model, lambda name, _: name in wanted, inputs=True, clone=True, stop=stop) as seen:

@@ -26,6 +26,9 @@ from lineament.graph import Where, select
 SIDES = (":input", ":stream")
 """What a name of a module may end in, if not its output is meant: what it receives; the residual stream there."""
 
+FUNCTIONAL = ("attention_dropout", "activation_dropout", "dropout")
+"""Where modules that drop out by a function, as transformers' attention does, keep the rate."""
+
 _AS_RESHAPE = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias")  # strides may differ when computed again
 
 
@@ -184,7 +187,9 @@ def check_mode(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not module.training:
             continue
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        rates = [module.p if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0]
+        rates += [getattr(module, name, 0.0) for name in FUNCTIONAL]  # (a module of that name counts by itself)
+        if any(isinstance(rate, float | int) and rate > 0 for rate in rates):
             raise InputError(f"{name!r} drops out in training mode, so no two passes agree; call model.eval() first")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             raise InputError(f"{name!r} normalises by the batch in training mode; call model.eval() first")
@@ -276,12 +281,13 @@ def tapped(model: nn.Module, at: Sequence[Where]) -> tuple[set[str], dict[str, l
     ins: dict[str, list[str]] = {}
     first = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     for where in at:
-        wanted = module_of(where) if isinstance(where, str) else where
+        side = next((side for side in SIDES if isinstance(where, str) and where.endswith(side)), "")
+        wanted = where.removesuffix(side) if isinstance(where, str) else where
         for name in dict.fromkeys(first[id(module)] for module in select(model, wanted).values()):
-            if wanted == where:
+            if not side:
                 outs.add(name)
-            elif (place := f"{name}{where[len(wanted) :]}") not in ins.setdefault(name, []):
-                ins[name].append(place)
+            elif f"{name}{side}" not in ins.setdefault(name, []):
+                ins[name].append(f"{name}{side}")
     return outs, ins
 
 
