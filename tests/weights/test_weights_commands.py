@@ -328,6 +328,49 @@ def test_diff_tells_distance_angle_and_rank(here, capsys):
     assert run(["diff", "base", "c"]) == 0
 
 
+def stored(here, name, tensors):
+    (here / name).mkdir()
+    save_file(tensors, here / name / "model.safetensors")
+
+
+def test_what_a_model_lacks_is_refused_the_bases_or_skipped(here, capsys):
+    base, a, b = (Point.open(name).state_dict() for name in ("base", "a", "b"))
+    norm, extra = "model.norm.weight", {"extra.weight": torch.ones(3)}
+    stored(here, "less", {n: x for n, x in b.items() if n != norm})
+    stored(here, "more", b | extra)
+    plain = ["merge", "a", "less", "--base", "base", "--method", "task_arithmetic", "--weight", "0.5"]
+    assert run([*plain, "-o", "c"]) == 2
+    assert norm in capsys.readouterr().err
+    assert run([*plain, "--missing", "base", "-o", "c", "--json"]) == 0
+    assert any(f"not every model has {norm}" in note for note in json.loads(capsys.readouterr().out)["notes"])
+    torch.testing.assert_close(Point.open("c")[norm], (base[norm] + a[norm]) / 2)
+    mean = ["merge", "a", "less", "--method", "linear"]
+    assert run([*mean, "--missing", "skip", "-o", "d"]) == 0
+    assert torch.equal(Point.open("d")[norm], a[norm])  # the mean of one
+    assert run([*mean, "--missing", "base", "-o", "e"]) == 2
+    assert "there is no base that has it" in capsys.readouterr().err
+    plain[2] = "more"
+    assert run([*plain, "--missing", "skip", "-o", "f"]) == 0
+    assert "extra.weight" not in Point.open("f")
+    assert run([*plain, "--missing", "guess", "-o", "g"]) == 2
+    assert "unknown answer to missing tensors 'guess'" in capsys.readouterr().err
+
+
+def test_prefixes_are_renamed_and_old_buffers_passed_over(here, capsys):
+    b = Point.open("b").state_dict()
+    stored(here, "wrapped", {f"module.{n}": x for n, x in b.items()})
+    stored(here, "old", b | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    assert run(["merge", "a", "wrapped", "-o", "c"]) == 2
+    assert "--rename module.=" in capsys.readouterr().err
+    assert run(["merge", "a", "wrapped", "--rename", "module.=", "-o", "c"]) == 0
+    assert run(["merge", "a", "old", "-o", "d"]) == 0
+    expected, c, d = merge(["a", "b"], "linear", weight=1), Point.open("c"), Point.open("d")
+    assert list(c) == list(d)
+    assert all(torch.equal(c[n], expected[n]) and torch.equal(d[n], expected[n]) for n in c)
+    assert run(["merge", "a", "b", "--rename", "module.", "-o", "e"]) == 2
+    assert "--rename 'module.' is not understood" in capsys.readouterr().err
+
+
 MERGE = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
 
 

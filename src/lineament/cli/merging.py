@@ -1,14 +1,25 @@
 """`lineament merge` and `diff`: models as points."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="auto, chatml, llama3, mistral, alpaca, exaone or the template itself.")
+]
+Rename = Annotated[list[str] | None, typer.Option(help="OLD=NEW: a prefix of tensor names, e.g. module.= to drop it.")]
+Missing = Annotated[
+    str, typer.Option(help="Of a tensor that a model lacks: refuse, base (take the base's), skip (that model).")
+]
+EXTRACTS = ("models", "base", "out", "extract_lora", "dry_run", "any_base", "dequantise", "json")
+"""What --extract-lora heeds."""
 
 
 def merge(
+    context: typer.Context,
     models: Annotated[
         list[str], typer.Argument(help="Models (folder, Hub name, GGUF, smollm2, base+lora), or one plan.yml.")
     ],
@@ -26,13 +37,13 @@ def merge(
     tokenizer: Annotated[
         str | None, typer.Option(help="union, base or a model: whose vocabulary the result has.")
     ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="auto, chatml, llama3, mistral, alpaca, exaone or the template itself.")
-    ] = None,
+    chat_template: ChatTemplate = None,
     shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
     extract_lora: Annotated[
         int | None, typer.Option(help="Write the one model minus --base as a LoRA of this rank.")
     ] = None,
+    rename: Rename = None,
+    missing: Missing = "refuse",
     any_base: Annotated[bool, typer.Option(help="Accept a LoRA on a base of another name.")] = False,
     dequantise: Annotated[bool, typer.Option(help="Unpack float8 and int8 weights.")] = False,
     untie: Annotated[bool, typer.Option(help="Give tied embeddings tensors of their own.")] = False,
@@ -51,12 +62,10 @@ def merge(
 
     quiet()
     if extract_lora is not None:
-        unused = {"--method": method, "--weight": weight, "--density": density, "--set": set_, "--dtype": dtype,
-                  "--tokenizer": tokenizer, "--chat-template": chat_template, "--seed": seed,
-                  "--shard-size": shard_size != "5GB", "--untie": untie}  # fmt: skip
-        _check_unused([option for option, given in unused.items() if given])
+        _check_heeded(context)
         return _extract(models, base, out, extract_lora, dry_run, json, any_base=any_base, dequantise=dequantise)
     recipe = _recipe(models, method, base, weight, density, set_, dtype, tokenizer, chat_template)
+    recipe = replace(recipe, missing=missing, rename=dict(_option(pair, "rename") for pair in rename or []))
     prepared = assemble.prepare(recipe, seed=seed, any_base=any_base, dequantise=dequantise, untie=untie)
     costs = prepared.costs()
     if not dry_run:
@@ -88,9 +97,7 @@ def _recipe(
         return read_recipe(models[0])
     parameters: dict[str, Any] = {}
     for pair in set_ or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise InputError(f"--set {pair!r} is not understood; expected option=value")
+        name, value = _option(pair, "set")
         parameters[name] = _value(value)
     parts: list[dict[str, Any]] = [{"model": name, "parameters": {}} for name in models]
     others = [part for part in parts if part["model"] != base]
@@ -105,6 +112,15 @@ def _recipe(
         for part, value in zip(others, (values or []) * (len(others) if len(values or []) == 1 else 1), strict=False):
             part["parameters"][option] = value
     return read_recipe({**given, "models": parts, "parameters": parameters})
+
+
+def _option(pair: str, option: str) -> tuple[str, str]:
+    from lineament._base.errors import InputError
+
+    name, equals, value = pair.partition("=")
+    if not equals or not name:
+        raise InputError(f"--{option} {pair!r} is not understood; expected NAME=VALUE")
+    return name, value
 
 
 def _value(text: str) -> Any:
@@ -132,15 +148,18 @@ def _told(told: dict[str, Any], dry_run: bool) -> list[str]:
     return lines
 
 
-def _check_unused(options: list[str]) -> None:
+def _check_heeded(context: typer.Context) -> None:
     from lineament._base.errors import InputError
 
-    if options:
-        raise InputError(f"--extract-lora merges nothing and has no use for {', '.join(options)}; leave that out")
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in EXTRACTS}
+    idle = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if idle:
+        options = ", ".join(f"--{name.strip('_').replace('_', '-')}" for name in idle)
+        raise InputError(f"--extract-lora merges nothing and has no use for {options}; leave that out")
 
 
 def _extract(
-    models: list[str], base: str | None, out: Path, rank: int, dry_run: bool, json: bool, **options: bool
+    models: list[str], base: str | None, out: Path, rank: int, dry_run: bool, json: bool, **options: Any
 ) -> None:
     from lineament._base.errors import InputError
     from lineament.cli.messages import print_json, require_new, show

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lineament import io
-from lineament._base.errors import InputError
+from lineament._base.errors import InputError, unknown
 from lineament.weights.differences import check_alike, listed
 from lineament.weights.merge import Task, check_count, find_method, merged, resolve, same_point
 from lineament.weights.point import Point
@@ -18,6 +18,7 @@ from lineament.weights.templates import chosen_template
 from lineament.weights.vocabulary import Vocabulary, build_vocabulary, load_tokenizer, vocabulary_names, with_vocabulary
 from lineament.weights.write import Rounded, merge_card, write_point
 
+MISSING = ("refuse", "base", "skip")
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -53,9 +54,11 @@ def prepare(
             that are unknown, missing or without a value for a tensor.
     """
     chosen_template(recipe.chat_template, ())
+    if recipe.missing not in MISSING:
+        raise unknown("answer to missing tensors", recipe.missing, MISSING)
     opened = {}
     for name in recipe.models:
-        point = open_named(name, dequantise=dequantise, any_base=any_base)
+        point = open_named(name, dequantise=dequantise, any_base=any_base, rename=recipe.rename)
         opened[name] = point.untie() if untie else point
     first = recipe.base or recipe.slices[0].sources[0].model
     vocabulary = None
@@ -71,7 +74,8 @@ def prepare(
         point = replace(point, config={**point.config, **_depth(like, layers)})
     templates = tuple(_template(opened[name]) for name in opened)
     most = max(len(task.inputs) + (task.base is not None) for task in tasks.values())
-    return Prepared(recipe, point, vocabulary, templates, (*recipe.notes, *_notes(recipe, opened)), most)
+    notes = (*recipe.notes, *_notes(recipe, opened), *_lacking(recipe, opened))
+    return Prepared(recipe, point, vocabulary, templates, notes, most)
 
 
 def _vocabulary(recipe: Recipe, opened: Mapping[str, Point], first: str) -> Vocabulary:
@@ -96,7 +100,7 @@ def _check_alike(recipe: Recipe, opened: Mapping[str, Point]) -> None:
         return  # tensors are checked one by one where they meet
     first, *rest = opened.values()
     for point in rest:
-        check_alike(first, point)
+        check_alike(first, point, names=recipe.missing == "refuse")
 
 
 def _tasks(
@@ -138,6 +142,8 @@ def _tasks(
 
 def _names(recipe: Recipe, one: Slice, opened: Mapping[str, Point]) -> list[str]:
     names = dict.fromkeys(opened[recipe.base or one.sources[0].model].specs)
+    if recipe.missing == "skip" and recipe.base:
+        return list(names)
     return list(names | dict.fromkeys(n for part in one.sources for n in opened[part.model].specs))
 
 
@@ -148,13 +154,14 @@ def _task(
     row, base = find_method(recipe.method), one.base or recipe.base
     base = base if row.base != "none" else None
     places = [(opened[part.model], each) for part, each in zip(one.sources, names, strict=True)]
-    for point, each in places:
-        if each not in point:
-            raise InputError(f"{point.label} has no tensor {each!r}, which {name!r} of the result is made of")
-    own = [i for i, (point, _) in enumerate(places) if base is None or not same_point(point, opened[base])]
-    check_count(recipe.method, row, len(own), base is not None)
-    origin = None if base is None else (opened[base], _base_name(names, own, base, name))
-    inputs = tuple(places[i] for i in own)
+    is_base = [base is not None and same_point(point, opened[base]) for point, _ in places]
+    places = _filled(recipe, opened, places, name)
+    own = [i for i, place in enumerate(places) if place is not None and not is_base[i]]
+    if own or base is None or recipe.missing != "skip":  # where all were skipped the base stays
+        check_count(recipe.method, row, len(own), base is not None)
+    at = [each for each, one_of_it in zip(names, is_base, strict=True) if one_of_it]
+    origin = None if base is None else (opened[base], _base_name(names, at, base, name))
+    inputs = tuple(place for i in own if (place := places[i]) is not None)
     shapes = {point.shape(each) for point, each in (*inputs, *([origin] if origin else []))}
     if len(shapes) > 1:
         raise InputError(f"{name!r} would be made of tensors of the shapes {listed(sorted(shapes))}; they must agree")
@@ -167,9 +174,28 @@ def _task(
     return Task(inputs=inputs, base=origin, options=options, statistics=statistics)
 
 
-def _base_name(names: Sequence[str], own: Sequence[int], base: str, name: str) -> str:
+def _filled(
+    recipe: Recipe, opened: Mapping[str, Point], places: Sequence[tuple[Point, str]], name: str
+) -> list[tuple[Point, str] | None]:
+    """Settle what a model lacks: the base's tensor in its place, or nothing at all."""
+    found: list[tuple[Point, str] | None] = []
+    for point, each in places:
+        instead = (opened[recipe.base], each) if recipe.missing == "base" and recipe.base else None
+        if each in point:
+            found.append((point, each))
+        elif recipe.missing == "skip" or (instead and each in instead[0]):
+            found.append(instead)
+        else:
+            told = "" if recipe.missing == "refuse" else ", and there is no base that has it"
+            raise InputError(
+                f"{point.label} has no tensor {each!r}, which {name!r} of the result is made of{told}; --missing base "
+                "takes the base's, --missing skip leaves the model out there"
+            )
+    return found
+
+
+def _base_name(names: Sequence[str], listed_base: Sequence[str], base: str, name: str) -> str:
     """Return which of the base's tensors belongs beside those of the sources: its own, or the one they all have."""
-    listed_base = [each for i, each in enumerate(names) if i not in own]
     if not listed_base and len(set(names)) > 1:
         raise InputError(
             f"{name!r} is made of other layers of each source ({listed(names)}); list {base} among them to say which "
@@ -213,6 +239,16 @@ def _template(point: Point) -> str:
     file = point.folder / "tokenizer_config.json"
     told = io.read_json(file).get("chat_template") if file.is_file() else None
     return told if isinstance(told, str) else ""
+
+
+def _lacking(recipe: Recipe, opened: Mapping[str, Point]) -> list[str]:
+    """Name the tensors that some model lacks, where that was settled."""
+    if recipe.missing == "refuse":
+        return []
+    names = dict.fromkeys(name for point in opened.values() for name in point.specs)
+    lacking = [name for name in names if any(name not in point for point in opened.values())]
+    done = "the base's were taken" if recipe.missing == "base" else "the models without them were left out there"
+    return [f"not every model has {listed(lacking)}: {done}"] if lacking else []
 
 
 def _notes(recipe: Recipe, opened: Mapping[str, Point]) -> list[str]:

@@ -23,15 +23,18 @@ def listed(items: Iterable[object], most: int = 10) -> str:
     return ", ".join(map(str, islice(items, most))) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def check_alike(a: "Point", b: "Point") -> None:
+def check_alike(a: "Point", b: "Point", *, names: bool = True) -> None:
     """Check that two points have the same names, shapes and ties, so that arithmetic means something.
+
+    Args:
+        names: False where it is settled what happens to a tensor that one of them lacks.
 
     Raises:
         InputError: names the first ten tensors that are missing or differ, and the option that settles it.
     """
     ours, theirs = dict(a.specs), dict(b.specs)
     sparse_a, sparse_b = (all(source.sparse for source, _ in point.terms) for point in (a, b))
-    if not (sparse_a and sparse_b):
+    if names and not (sparse_a and sparse_b):
         _check_names(a, b, [] if sparse_b else [n for n in ours if n not in theirs and n not in b.ties],
                      [] if sparse_a else [n for n in theirs if n not in ours and n not in a.ties])  # fmt: skip
     if not (sparse_a or sparse_b) and dict(a.ties) != dict(b.ties):
@@ -68,7 +71,7 @@ def _check_names(a: "Point", b: "Point", only_a: list[str], only_b: list[str]) -
             if {name.removeprefix(prefix) for name in long.specs} == set(short.specs):
                 raise InputError(
                     f"the names of {long.label} and {short.label} differ by the prefix {prefix!r}; open the first with "
-                    f"rename={{{prefix!r}: ''}}"
+                    f"rename={{{prefix!r}: ''}} (--rename {prefix}=)"
                 )
     parts = [
         f"{len(names)} only in {point.label}: {listed(names)}" for names, point in ((only_a, a), (only_b, b)) if names

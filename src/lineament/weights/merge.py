@@ -88,9 +88,7 @@ def merge(
         preset = ALIASES[method]()
         return merge(points, preset.pop("method"), base=None, seed=seed, **{**preset, **options})
     row, opened = find_method(method), [Point.open(point) for point in points]
-    origin = None if base is None else Point.open(base)
-    if row.base == "none":
-        origin = None
+    origin = None if base is None or row.base == "none" else Point.open(base)
     kept = [i for i, point in enumerate(opened)
             if origin is None or not (points[i] is base or same_point(point, origin))]  # fmt: skip
     opened = [opened[i] for i in kept]

@@ -46,7 +46,12 @@ class Slice:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole merge, checked: nothing in it is unknown."""
+    """A whole merge, checked: nothing in it is unknown.
+
+    `missing` says what happens to a tensor that some model lacks: "refuse" it; take the one of the "base" instead; or
+    "skip" the model there, and what the base lacks altogether. `rename` is {old prefix: new prefix} of all models'
+    tensors. Plans are silent on both.
+    """
 
     method: str
     slices: tuple[Slice, ...]
@@ -59,6 +64,8 @@ class Recipe:
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
     text: Mapping[str, Any] = field(default_factory=dict)
+    missing: str = "refuse"
+    rename: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:

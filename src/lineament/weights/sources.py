@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lineament.weights import packed
 from lineament.weights.point import Point, Source, Spec
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+STALE = ".rotary_emb.inv_freq"
+"""Computed from the config since 2023; old folders still carry it, and transformers passes over it, as is done here."""
 BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked", ".inv_freq", ".masked_bias", ".position_ids")
 
 
@@ -67,15 +70,19 @@ def split_lora(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def open_named(name: str | Path, **options: Any) -> Point:
+def open_named(name: str | Path, *, rename: Mapping[str, str] | None = None, **options: Any) -> Point:
     """Open a model by a name of the command line, `model+lora` included; options of `open_point`.
+
+    `rename` is for the names of the whole: an adapter finds its base as it was.
 
     Raises:
         InputError: as `open_point`.
     """
     model, lora = split_lora(str(name))
     point = open_point(model, **options)
-    return open_point(lora, base=point, any_base=options.get("any_base", False)) if lora else point
+    if lora:
+        point = open_point(lora, base=point, any_base=options.get("any_base", False))
+    return open_point(point, rename=rename)
 
 
 def _of_module(model: nn.Module, copy: bool) -> Point:
@@ -128,6 +135,7 @@ def _of_files(model: Any, *, base: Any, lora: str, any_base: bool, dequantise: b
     folder = folder if folder and (folder / "config.json").is_file() else None
     config = io.read_json(folder / "config.json") if folder else {}
     source = stored(weights, str(model) if isinstance(model, str | Path) else str(weights.source))
+    source = replace(source, specs={n: spec for n, spec in source.specs.items() if not n.endswith(STALE)})
     source, change = packed.unpacked(source, config, dequantise)
     ties = {alias: owner for alias, owner in _ties(config, source.specs).items() if owner in source.specs}
     return Point(((source, 1.0),), ties, buffer_names(source.specs), folder, change)
