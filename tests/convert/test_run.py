@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from convert_helpers import teacher_folder, text_folder, tiny_llama, tiny_plan, tiny_tokenizer
 
 from lineament._base.errors import InputError
+from lineament.cli import run as command_line
 from lineament.convert import Plan, evaluate_folder, inspect, run, write_report
 from lineament.io import open_weights, partial_path
 from lineament.tasks.perplexity import window_nll
@@ -68,6 +70,46 @@ def test_a_student_s_folder_is_measured_and_reported(made, tmp_path):
         evaluate_folder(made[0], prompts=0)
     with pytest.raises(InputError, match="length 0"):
         evaluate_folder(made[2], lengths=(0,))
+
+
+def test_a_student_s_folder_is_measured_on_the_accelerator(made, monkeypatch):
+    room, seen = sys.modules["lineament.convert.evaluate"], []
+
+    def look(*models, untrained, **_):
+        seen.extend((one.device.type, one.dtype) for one in (*models[:2], untrained))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lineament.models.place.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    monkeypatch.setattr(room, "evaluate", look)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_folder(made[2], dtype="bf16")
+    assert seen == [("meta", torch.bfloat16)] * 3
+
+
+def test_the_command_says_its_rows_and_goes_on_when_cut_off(made, tmp_path, monkeypatch, capsys):
+    calls, room = [], sys.modules["lineament.convert.evaluate"]
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def counted(model, ids, **options):
+        calls.append(ids.shape)
+        return window_nll(model, ids, **options)
+
+    command = ["evaluate", str(made[2]), "--length", "64", "--tokens", "128", "--prompts", "0", "--no-speed", "--json"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "cache_bytes", stop)
+        assert command_line(command) == 1
+    said = capsys.readouterr()
+    assert not said.out
+    assert " 64: student" in said.err
+    assert "the same command goes on" in said.err
+    monkeypatch.setattr(room, "window_nll", counted)
+    assert command_line(command) == 0
+    assert not calls
+    assert json.loads(capsys.readouterr().out)["rows"]
+    assert not list((tmp_path / "lineament" / "evaluate").iterdir())  # nothing is kept of what is whole
 
 
 def test_a_conversion_leaves_small_numbers_as_they_were(made):

@@ -1,12 +1,14 @@
 """Models by name, and what is said when one can't be loaded."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationMixin, PreTrainedTokenizerFast
 
 import lineament.models.load as load
+import lineament.models.place as place
 from lineament._base.errors import InputError
 from lineament.models import (
     build_student,
@@ -54,6 +56,29 @@ def test_a_students_folder_is_loaded_by_name(tmp_path):
     model, words = load_teacher(str(tmp_path / "s"))
     assert len(mixers_of(model)) == 3
     assert write_text((model, words), "w5 w6", max_new_tokens=3, temperature=1.0)["tokens"] == 3
+
+
+def test_a_named_model_goes_to_the_accelerator_in_the_dtype_asked_for(folder, monkeypatch):
+    class Found(Exception):
+        pass
+
+    def look(network, ids, **_):
+        raise Found(network.device.type, ids.device.type, network.dtype)
+
+    monkeypatch.setattr(place, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    monkeypatch.setattr(GenerationMixin, "generate", look)
+    with pytest.raises(Found) as found:
+        write_text(folder, "w5 w6", dtype="bf16")
+    assert found.value.args == ("meta", "meta", torch.bfloat16)
+    with pytest.raises(Found) as found:
+        write_text(folder, "w5 w6", device="cpu")
+    assert found.value.args == ("cpu", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("wrong", [{"device": "cuda:99"}, {"device": "gpu"}, {"dtype": "float"}])
+def test_a_device_or_dtype_that_is_not_there_is_said(folder, wrong):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}.*{next(iter(wrong.values()))}"):
+        write_text(folder, "w5 w6", **wrong)
 
 
 def broken(folder, how):

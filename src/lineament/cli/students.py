@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+Device = Annotated[str, typer.Option(help="auto (an accelerator where there is one), cpu, cuda:1, mps, ...")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")]
+
 
 def evaluate(
     student: Annotated[str, typer.Argument(help="Folder of a converted model (or any model load understands).")],
@@ -19,32 +22,57 @@ def evaluate(
         bool, typer.Option(help="Take the quality saved with the student; measure bytes and speed.")
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a one-file report here.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a student beside its teacher: perplexity, retrieval, agreement, cache bytes, speed.
 
+    The same command goes on after an interruption.
     Example: lineament evaluate student --teacher smollm2 --html report.html
     """
+    import shutil
+
     from lineament import convert as room
     from lineament.cli.messages import print_json, quiet, show
+    from lineament.convert.progress import Progress
+    from lineament.convert.stages import say_row
 
     quiet()
-    found = room.evaluate_folder(
-        student,
-        teacher,
-        lengths=tuple(length or (512, 2048, 8192)),
-        tokens=tokens,
-        prompts=prompts,
-        speed=speed,
-        lm_eval_tasks=tuple(filter(None, tasks.split(","))),
-        precision=precision,
-        saved=saved,
-        page=html,
-    )
+    unfinished = _unfinished(student)
+    with Progress() as progress:
+        progress.stage("evaluate", student)
+        found = room.evaluate_folder(
+            student,
+            teacher,
+            lengths=tuple(length or (512, 2048, 8192)),
+            tokens=tokens,
+            prompts=prompts,
+            speed=speed,
+            lm_eval_tasks=tuple(filter(None, tasks.split(","))),
+            precision=precision,
+            saved=saved,
+            on_row=lambda row: progress.note(say_row(row)),
+            page=html,
+            device=device,
+            dtype=dtype,
+            folder=unfinished,
+        )
+    shutil.rmtree(unfinished, ignore_errors=True)
     if json:
         print_json(found.to_json())
     else:
         show(room.shown(found), *([f"report: {html}"] if html else []))
+
+
+def _unfinished(student: str) -> Path:
+    """Return where the scores of an evaluation that was cut off lie: apart, a student's folder may be read-only."""
+    import hashlib
+
+    from lineament.models.load import cache_folder
+
+    where = Path(student).resolve()
+    return cache_folder() / "evaluate" / f"{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:12]}"
 
 
 def generate(
@@ -54,6 +82,8 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; else samples.")] = 0.0,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Seed when sampling.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Continue a text, streaming, and say how fast and with how large a cache.
@@ -75,6 +105,8 @@ def generate(
         chat=chat,
         seed=seed,
         stream=None if json else sys.stdout,
+        device=device,
+        dtype=dtype,
     )
     if json:
         print_json(result)

@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,8 @@ def _without_weights(config: Any, refusal: InputError) -> nn.Module:
         raise refusal from None
 
 
-def load(model: Model) -> tuple[nn.Module, Any]:
-    """Load a model and its tokenizer, in float32 for work on a CPU, and check that its weights are numbers.
+def load(model: Model, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer onto the CPU and check that its weights are numbers.
 
     Raises:
         InputError: a tensor holds NaN or infinity (named), or the tokenizer is missing.
@@ -108,7 +109,7 @@ def load(model: Model) -> tuple[nn.Module, Any]:
     else:
         from lineament.models.load import load_teacher
 
-        teacher, tokenizer = load_teacher(model)
+        teacher, tokenizer = load_teacher(model, dtype=dtype)
     io.check_finite(dict(teacher.named_parameters()), source=str(getattr(teacher.config, "_name_or_path", "the model")))
     if tokenizer is None:
         raise InputError("the model has no tokenizer; give (model, tokenizer)")
@@ -150,6 +151,9 @@ def evaluate_folder(
     saved: bool = False,
     on_row: Callable[[Any], None] | None = None,
     page: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "fp32",
+    folder: str | Path | None = None,
 ) -> Evidence:
     """Measure a student's folder beside its teacher.
 
@@ -160,13 +164,16 @@ def evaluate_folder(
         precision: of the quality, see `evaluate`. saved: take the quality from the evidence saved with the student,
             and measure only bytes and speed. on_row: called with each row of quality as it is measured.
         page: write a one-file report here, with texts by both models.
+        device, dtype: of both models, see `models.find_device` and `models.find_dtype`.
+        folder: keeps what each model scored, so that the same call goes on after a kill.
 
     Raises:
-        InputError: no teacher is known, a length below 2, or a folder can't be read.
+        InputError: no teacher is known, a length below 2, no such device or dtype, or a folder can't be read.
     """
     from lineament.convert.evaluate import RETRIEVAL_LENGTHS, cost_rows, evaluate
     from lineament.convert.text import load_documents
     from lineament.convert.thresholds import bar_of
+    from lineament.models.place import find_device, find_dtype
 
     if wrong := [length for length in lengths if length < 2]:
         raise InputError(f"length {wrong[0]}: expected a context of at least 2 tokens")
@@ -174,8 +181,11 @@ def evaluate_folder(
     teacher = teacher or about.get("teacher")
     if teacher is None:
         raise InputError(f"{student} does not name its teacher; give --teacher")
-    ours, tokenizer = load(student)
-    theirs, _ = load(teacher)
+    home, width = find_device(device), find_dtype(dtype)
+    ours, tokenizer = load(student, width)
+    theirs, _ = load(teacher, width)
+    for one in (ours, theirs):
+        one.to(home)
     plan = Plan.from_json(about["plan"]) if "plan" in about else None
     names = tuple(data or (plan.data if plan else ("wiki-sample", "docs")))
     bar = bar_of(plan) if plan else None
@@ -183,18 +193,30 @@ def evaluate_folder(
         evidence = _with_costs(Path(student), cost_rows(ours, theirs, bar=bar, speed=speed))
     else:
         limit = info_from_config(theirs.config, name="").positions or max(lengths)
-        evidence = evaluate(
-            ours, theirs, tokenizer, texts=load_documents(names)["test"], tokens=tokens, prompts=prompts,
-            speed=speed, lengths=[one for one in lengths if one <= limit], bar=bar, seed=seed, precision=precision,
-            retrieval_lengths=[one for one in RETRIEVAL_LENGTHS if one <= limit], on_row=on_row,
-            untrained=_untrained(theirs, ours, plan),
-        )  # fmt: skip
+        with _kept(folder):
+            evidence = evaluate(
+                ours, theirs, tokenizer, texts=load_documents(names)["test"], tokens=tokens, prompts=prompts,
+                speed=speed, lengths=[one for one in lengths if one <= limit], bar=bar, seed=seed,
+                precision=precision, retrieval_lengths=[one for one in RETRIEVAL_LENGTHS if one <= limit],
+                on_row=on_row, untrained=_untrained(theirs, ours, plan), folder=folder and Path(folder),
+            )  # fmt: skip
     evidence = _with_lm_eval(evidence, ours, tokenizer, lm_eval_tasks) if lm_eval_tasks else evidence
     if page is not None:
         from lineament.convert.pages import report_page, written
 
         report_page(evidence, Path(page), extra=[written({"teacher": theirs, "student": ours}, tokenizer)])
     return evidence
+
+
+@contextmanager
+def _kept(folder: str | Path | None) -> Iterator[None]:
+    """Tell whoever interrupts an evaluation what becomes of its scores."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if folder is not None:
+            stop.add_note("what was scored so far is kept; the same command goes on from there")
+        raise
 
 
 def _with_costs(student: Path, costs: Sequence[Any]) -> Evidence:

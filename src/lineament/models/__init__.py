@@ -15,6 +15,7 @@
 - `load_teacher(name) -> (model, tokenizer)`: a folder, a Hub name, a .gguf file, or "smollm2"; `find_model(name)` gives
   the folder alone (GGUF files are unpacked into the user's cache once).
 - `write_text(model, prompt, ...)`: generate and say how fast and with how large a cache; `cache_nbytes(any cache)`.
+- `find_device("auto")`, `find_dtype("bf16")`: where a model shall compute and in which dtype, by name.
 - `build_encoder(teacher, {layer: MixerConfig})`, `encoder_mixers(student)`: BERT-type encoders, both directions linear.
 - `decoder_config("gated-deltanet", ratio="3:1", ...)`, `DecoderForCausalLM(config)`: decoders from scratch around any
   mixer, hybrid by ratio or list. `FAMILIES`, `Family`: block choices by paper. `full_layers(ratio, layers)`,
@@ -58,6 +59,7 @@ from lineament.models.fla import FLA, register_fla
 from lineament.models.generate import cache_nbytes, write_text
 from lineament.models.load import find_model, load_model, load_teacher
 from lineament.models.parallel import average_gradients_, sequence_parallel_loss
+from lineament.models.place import find_device, find_dtype
 from lineament.models.prefill import Prefilled, prefill
 from lineament.models.rebuilt import experts_of, register_rebuilt, set_active_, widen, with_mlps
 from lineament.models.speed_up import SpedUp, speed_up_
@@ -109,6 +111,8 @@ __all__ = [
     "dense_classifier",
     "encoder_mixers",
     "experts_of",
+    "find_device",
+    "find_dtype",
     "find_model",
     "full_layers",
     "head_shape",

@@ -10,6 +10,7 @@ from torch import Tensor
 from lineament._base.errors import InputError
 from lineament._base.seeds import seeded
 from lineament.models.load import load_teacher
+from lineament.models.place import find_device, find_dtype
 from lineament.models.prefill import PIECE, prefill
 
 
@@ -22,6 +23,8 @@ def write_text(
     chat: bool = False,
     seed: int = 0,
     stream: TextIO | None = None,
+    device: str = "auto",
+    dtype: str = "fp32",
 ) -> dict[str, Any]:
     """Continue a prompt.
 
@@ -30,17 +33,24 @@ def write_text(
         temperature: 0 takes the likeliest token; else sample.
         chat: wrap the prompt in the tokenizer's chat template.
         seed: of the sampling. stream: where to write the text while it comes.
+        device, dtype: of a model given by name, see `find_device` and `find_dtype`; one already loaded stays as it is.
 
     Returns:
         text, prompt_tokens, tokens (new ones), seconds, tokens_per_second, cache_bytes.
 
     Raises:
-        InputError: an empty prompt, no room for a token, a temperature below 0, or no chat template.
+        InputError: an empty prompt, no room for a token, a temperature below 0, no chat template, or no such device or
+            dtype.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise InputError(f"max_new_tokens={max_new_tokens}, temperature={temperature}; expected >= 1 and >= 0")
     network: Any
-    network, tokenizer = model if isinstance(model, tuple) else load_teacher(model)
+    if isinstance(model, tuple):
+        network, tokenizer = model
+    else:
+        home = find_device(device)
+        network, tokenizer = load_teacher(model, dtype=find_dtype(dtype))
+        network.to(home)
     ids = _ids(tokenizer, prompt, chat).to(network.device)
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
