@@ -58,6 +58,34 @@ def test_an_error_while_writing_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_closed_before_it_is_renamed(tmp_path, monkeypatch):
+    closed, replace = [], os.replace
+    with monkeypatch.context() as patch, replacing(tmp_path / "a.txt") as file:
+        patch.setattr(os, "replace", lambda a, b: closed.append(file.closed) or replace(a, b))
+        file.write(b"1")
+    write_text(tmp_path / "b.txt", "2")
+    assert closed == [True]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the system itself does so there")
+def test_a_system_that_forces_only_writable_files_to_the_disk_builds_a_folder(tmp_path, monkeypatch):
+    import fcntl
+
+    from lineament.io import files, folder
+
+    def strict(handle, force=os.fsync):
+        if not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        force(handle)
+
+    monkeypatch.setattr(os, "fsync", strict)
+    for room in (files, folder):
+        monkeypatch.setattr(room, "WINDOWS", True)
+    with building_folder(tmp_path / "student") as partial:
+        (partial / "a.txt").write_text("1")
+    assert (tmp_path / "student" / "a.txt").read_text() == "1"
+
+
 def test_a_full_disk_fails_clearly_and_keeps_the_old_state(tmp_path, full_disk):
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"old")

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from lineament._base.errors import InputError, LineamentError
 
+WINDOWS = os.name == "nt"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TEMPORARY = ".tmp"  # suffix of files that are being written; whatever carries it after a crash may be deleted
 
@@ -41,11 +42,12 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
-        with clear_disk_errors(path), temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with clear_disk_errors(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)  # closed by now: Windows renames no open file
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -144,7 +146,7 @@ def clear_disk_errors(path: str | Path) -> Iterator[None]:
 
 def sync_folder(folder: str | Path) -> None:
     """Force a folder's list of names to the disk, so that a rename survives a power cut."""
-    if os.name == "nt":  # folders can't be opened there, and renames are journalled
+    if WINDOWS:  # folders can't be opened there, and renames are journalled
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lineament._base.errors import InputError
-from lineament.io.files import TEMPORARY, clear_disk_errors, sync_folder
+from lineament.io.files import TEMPORARY, WINDOWS, clear_disk_errors, sync_folder
 
 
 def partial_path(out: str | Path) -> Path:
@@ -88,9 +88,10 @@ def _finish(partial: Path, aside: Path, out: Path, scratch: str | None) -> None:
 
 def _sync_tree(folder: Path) -> None:
     """Libraries that saved into the folder did not force their bytes to the disk; a rename must not outrun them."""
+    way = os.O_RDWR if WINDOWS else os.O_RDONLY  # there only what may be written can be forced to the disk
     for parent, _, names in os.walk(folder):
         for name in names:
-            handle = os.open(Path(parent) / name, os.O_RDONLY)
+            handle = os.open(Path(parent) / name, way)
             try:
                 os.fsync(handle)
             finally:
