@@ -8,6 +8,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lineament._base.errors import unknown
@@ -37,6 +38,16 @@ def wants_plain_autograd() -> bool:
 def always(*tensors: Tensor | None) -> str | None:
     """Say that a backend can run anywhere."""
     return None
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest float that a device has: float64, or float32 on Apple's GPUs.
+
+    Example:
+        >>> widest(torch.device("cpu")), widest(torch.device("mps"))
+        (torch.float64, torch.float32)
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @cache

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineament._base.backends import widest
+
 CHUNK = 256  # predictions at a time: 256 x 50k float32 numbers are 50 MB
 
 
@@ -14,8 +16,8 @@ class _Distil(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, targets: Tensor, kl: Tensor, following: Tensor) -> Any:
         gradient = torch.empty_like(student)
-        sums = torch.zeros(2, dtype=torch.float64, device=student.device)
-        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        sums = torch.zeros(2, dtype=widest(student.device), device=student.device)
+        total = sums.new_zeros(())
         for at in range(0, student.shape[0], CHUNK):
             part = slice(at, at + CHUNK)
             log_student = student[part].float().log_softmax(-1)
@@ -23,9 +25,9 @@ class _Distil(torch.autograd.Function):
             p = log_teacher.exp()
             divergence = (p * (log_teacher - log_student)).sum(-1)
             loss = -log_student.gather(-1, targets[part, None])[:, 0]
-            sums += torch.stack([divergence.sum(), loss.sum()]).double()
+            sums += torch.stack([divergence.sum(), loss.sum()]).to(sums.dtype)
             a, b = kl[part], following[part]
-            total += ((a * divergence) + (b * loss)).sum().double()
+            total += ((a * divergence) + (b * loss)).sum().to(total.dtype)
             slope = log_student.exp_().mul_((a + b)[:, None]).sub_(p.mul_(a[:, None]))
             slope.scatter_add_(-1, targets[part, None], -b[:, None])
             gradient[part] = slope.to(student.dtype)

@@ -63,10 +63,10 @@ def measure_damage(
                 with probing(attentions[i:], limit_heads({i: (head,)}, window=window, sinks=sinks)):
                     logits = run_from(model, layers, i, hidden_of(args, kwargs), batch)
                 losses, logs = _losses(logits, sample, place)
-                rise = (losses - base).double().sum().cpu()
+                rise = (losses - base).cpu().double().sum()
                 if sample.kind == "text":
                     sums["perplexity"][i, head] += rise
-                    sums["kl"][i, head] += (base_logs.exp() * (base_logs - logs)).sum().double().cpu()
+                    sums["kl"][i, head] += (base_logs.exp() * (base_logs - logs)).sum().cpu().double()
                 else:
                     sums["retrieval"][i, head] += rise
                 done += 1
@@ -153,7 +153,7 @@ def gate_slopes(
                 slopes = _slopes(model, attentions, sample, gates, key_heads, exact)
                 names = ("perplexity", "kl") if sample.kind == "text" else ("retrieval",)
                 for name, slope in zip(names, slopes, strict=True):
-                    sums[g][name] += slope.double().cpu() / counts[sample.kind]
+                    sums[g][name] += slope.cpu().double() / counts[sample.kind]
             if on_progress:
                 on_progress(done + 1, len(samples))
     finally:

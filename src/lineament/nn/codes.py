@@ -4,6 +4,7 @@ attention to the clusters' centres."""
 import torch
 from torch import Tensor
 
+from lineament._base.backends import widest
 from lineament._base.seeds import generator
 from lineament.nn.feature_maps import Product
 
@@ -23,13 +24,13 @@ def start_codes(map_q: Product, map_k: Product, q: Tensor, k: Tensor, *, seed: i
         map_q: of Hq heads. map_k: of Hk heads, as many codes.
         q: [N, Hq, K] and k: [M, Hk, K] as the maps get them.
     """
-    heads, groups, codes = k.shape[1], q.shape[1] // k.shape[1], map_k.codes
+    heads, groups, codes, wide = k.shape[1], q.shape[1] // k.shape[1], map_k.codes, widest(k.device)
     for h in range(heads):
         own = slice(h * groups, (h + 1) * groups)
-        some = q[:, own].reshape(-1, q.shape[-1]).double()
-        values, turn = torch.linalg.eigh(some.mT @ some / len(some))
+        some = q[:, own].reshape(-1, q.shape[-1]).to(wide)
+        values, turn = (x.to(some) for x in torch.linalg.eigh((some.mT @ some / len(some)).cpu()))  # not all have eigh
         root = values.clamp_min(1e-6 * values[-1].clamp_min(1e-12)).sqrt()
-        keys = k[:: max(1, len(k) // MOST), h].double() @ turn * root
+        keys = k[:: max(1, len(k) // MOST), h].to(wide) @ turn * root
         order = keys.var(0, unbiased=False).argsort(descending=True)
         for half in (0, 1):
             of = order[half::2]

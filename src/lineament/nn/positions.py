@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from lineament._base.backends import widest
+
 
 def speeds(half: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """Return the angles per token of `half` pairs of channels, `theta^(-j/half)`, in float64."""
-    return theta ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
+    """Return the angles per token of `half` pairs of channels, `theta^(-j/half)`, as wide as can be."""
+    device = device or torch.device("cpu")
+    return theta ** (-torch.arange(half, device=device, dtype=widest(device)) / half)
 
 
 def turned(x: Tensor, angle: Tensor) -> Tensor:
@@ -50,4 +53,5 @@ class LearnedRotation(nn.Module):
         """Turn x [B, T, H, K] by positions [B, T]."""
         direction = nn.functional.normalize(self.reflected.to(x.dtype), dim=0)  # unit in whatever dtype
         x = x - 2 * (x @ direction)[..., None] * direction
-        return turned(x, (position[..., None].double() * self.speed.double())[:, :, None])
+        wide = widest(x.device)
+        return turned(x, (position[..., None].to(wide) * self.speed.to(wide))[:, :, None])

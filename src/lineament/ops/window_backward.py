@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lineament._base.backends import widest
 from lineament.ops.window_blocked import (
     Block,
     Decays,
@@ -140,7 +141,7 @@ def _far_backward(
     grad_scale = grad_phi.mul_(x.phi).sum(-1, keepdim=True)
     out.log_scale[:, here] = walk.rows_back(grad_scale)[..., 0]
     if decay is not None and out.log_decay is not None:
-        sums = grad_scale[..., 0].unflatten(1, (-1, r)).sum(-1).double()
+        sums = grad_scale[..., 0].unflatten(1, (-1, r)).sum(-1).to(widest(grad_scale.device))
         if clock is not None:
             sums[:, b.skip :] -= clock
         for g, first, last in zip(behind, before, after, strict=True):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lineament._base.backends import widest
 from lineament.ops.window_reference import common_scale
 from lineament.ops.window_state import WindowCall, expanded
 
@@ -176,7 +177,8 @@ def decays(walk: Walk, b: Block, waiting: Tensor) -> Decays | None:
     log_decay, wide = walk.call.log_decay, walk.call.far.dtype
     if log_decay is None:
         return None
-    clock = log_decay[:, walk.steps(b)].transpose(1, 2).reshape(-1, b.stop - b.start).double().cumsum(1)
+    logs = log_decay[:, walk.steps(b)].transpose(1, 2).reshape(-1, b.stop - b.start)
+    clock = logs.to(widest(logs.device)).cumsum(1)
     entered = clock[:, b.skip : b.skip + b.left]
     pair = (clock[:, :, None] - entered[:, None]).masked_fill_(waiting, -torch.inf)
     last = clock[:, -1]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lineament._base.backends import widest
 from lineament._base.errors import InputError
 from lineament.tasks.predictions import CHUNK, hidden_states, logits_of, plain
 
@@ -66,5 +67,5 @@ def _compare(ours: Tensor, theirs: Tensor) -> tuple[float, int]:
             "both must share one vocabulary"
         )
     student, teacher = ours.log_softmax(-1), theirs.to(ours.device).log_softmax(-1)
-    divergence = (teacher.exp() * (teacher - student)).sum(dtype=torch.float64)
+    divergence = (teacher.exp() * (teacher - student)).sum(dtype=widest(ours.device))
     return float(divergence), int((student.argmax(-1) == teacher.argmax(-1)).sum())
