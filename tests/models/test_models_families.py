@@ -1,8 +1,12 @@
 """Every family: a student reads a text whole, in chunks, token by token, padded and packed, and is saved whole."""
 
+from types import MethodType
+
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import lineament.models as models
 from lineament._base.errors import InputError
@@ -51,6 +55,22 @@ def test_prefill_equals_chunks_equals_tokens(family):
     near(read(model, tokens, range(1, T))[0], whole)
     assert cache.get_seq_length() == T
     assert cache.nbytes() == sum(x.numel() * x.element_size() for x in cache.tensors().values())
+
+
+def test_a_teacher_hooked_by_accelerate_is_refused():
+    teacher = tiny_teacher()
+    add_hook_to_module(teacher.model.layers[1].self_attn, ModelHook())
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn is hooked by accelerate.*without device_map"):
+        build_student(teacher, {})
+
+
+@torch.no_grad()
+def test_a_mixer_that_is_passed_over_is_an_error():
+    model = tiny("llama")
+    attention = model.model.layers[1].self_attn
+    attention.forward = MethodType(LlamaAttention.forward, attention)  # what a hook made before the conversion leaves
+    with pytest.raises(InputError, match="mixer in layer 1 is passed over"):
+        model(ids(), use_cache=False)
 
 
 @torch.no_grad()

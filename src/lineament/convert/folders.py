@@ -102,14 +102,18 @@ def load(model: Model, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, A
     """Load a model and its tokenizer onto the CPU and check that its weights are numbers.
 
     Raises:
-        InputError: a tensor holds NaN or infinity (named), or the tokenizer is missing.
+        InputError: a tensor holds NaN or infinity (named), the tokenizer is missing, or the model is spread over
+            devices.
     """
+    from lineament.models.student import require_own_forward
+
     if isinstance(model, tuple):
         teacher, tokenizer = model
     else:
         from lineament.models.load import load_teacher
 
         teacher, tokenizer = load_teacher(model, dtype=dtype)
+    require_own_forward(teacher)
     io.check_finite(dict(teacher.named_parameters()), source=str(getattr(teacher.config, "_name_or_path", "the model")))
     if tokenizer is None:
         raise InputError("the model has no tokenizer; give (model, tokenizer)")
@@ -198,7 +202,7 @@ def evaluate_folder(
                 ours, theirs, tokenizer, texts=load_documents(names)["test"], tokens=tokens, prompts=prompts,
                 speed=speed, lengths=[one for one in lengths if one <= limit], bar=bar, seed=seed,
                 precision=precision, retrieval_lengths=[one for one in RETRIEVAL_LENGTHS if one <= limit],
-                on_row=on_row, untrained=_untrained(theirs, ours, plan), folder=folder and Path(folder),
+                on_row=on_row, untrained=_untrained(theirs, ours, plan), folder=Path(folder) if folder else None,
             )  # fmt: skip
     evidence = _with_lm_eval(evidence, ours, tokenizer, lm_eval_tasks) if lm_eval_tasks else evidence
     if page is not None:

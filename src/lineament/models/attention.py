@@ -70,6 +70,9 @@ def attend(
         if kwargs.get("softcap") is not None:
             raise InputError("a layer that squashes its attention logits can't run under sequence_parallel")
         return window_attention(q, k, v, window=module.sliding_window, sinks=0), None  # type: ignore[arg-type]
+    if mixer is not None and lineament is None:
+        raise InputError(f"the mixer in layer {module.layer_idx} is passed over: something replaced the forward of its "
+                         "attention module, hooks of accelerate (device_map) perhaps")  # fmt: skip
     if mixer is None or lineament is None:
         return causal_softmax(q, k, v, rows=lineament_rows), None
     if lineament.memory is not None:

@@ -130,7 +130,8 @@ def build_student(teacher: nn.Module, mixers: Mapping[int, MixerConfig], *, shar
         A model of `student_class(type(teacher))`, in the teacher's mode (train or eval), device and dtype.
 
     Raises:
-        InputError: no adapter for the teacher, it is a student already, or a layer can't be converted so.
+        InputError: no adapter for the teacher, it is a student already, it is spread over devices (see
+            `require_own_forward`), or a layer can't be converted so.
 
     Example:
         >>> from lineament.models import tiny_teacher, head_shape
@@ -140,6 +141,7 @@ def build_student(teacher: nn.Module, mixers: Mapping[int, MixerConfig], *, shar
         'LineamentLlamaForCausalLM'
     """
     adapter = adapter_for(teacher)
+    require_own_forward(teacher)
     if getattr(teacher.config, "lineament", None):
         raise InputError("this model is a student already; convert its teacher")
     if not hasattr(teacher, "lm_head") and not hasattr(teacher, adapter.head):
@@ -156,6 +158,20 @@ def build_student(teacher: nn.Module, mixers: Mapping[int, MixerConfig], *, shar
             made[layer] = build(mixers[layer]).to(device=like.device, dtype=like.dtype).train(student.training)
     attach(student, made)
     return student
+
+
+def require_own_forward(teacher: nn.Module) -> None:
+    """Check that a model's modules run the forward of their class: a student's new classes would go unheard.
+
+    Raises:
+        InputError: hooks of accelerate stand before it (`device_map`, offloading).
+    """
+    for name, module in teacher.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise InputError(
+                f"{name or 'the model'} is hooked by accelerate, which spreads the model over devices or offloads it; "
+                "load it without device_map"
+            )
 
 
 def take_config(model: nn.Module, config: Any) -> None:
