@@ -42,6 +42,7 @@ def convert(
     from lineament import convert as room
     from lineament._base.errors import InputError
     from lineament.cli.messages import print_json, quiet, show
+    from lineament.convert.stages import is_main
 
     quiet()
     changes: dict[str, str] = {}
@@ -62,6 +63,8 @@ def convert(
     else:
         evidence = room.run(model, room.plan(plan, changes), out, budget=budget, resume=resume, dtype=dtype)
         table = room.shown(evidence)
+    if not is_main():  # one process of several says it
+        return
     if json:
         print_json(evidence.to_json())
     else:

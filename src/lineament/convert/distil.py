@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from lineament import io
@@ -168,6 +169,7 @@ def fit_config(plan: Plan, steps: int, precision: str) -> FitConfig:
         | {"*.mixer.*": plan.distil_mixer_lr, "*": plan.distil_lr},
         schedule="linear",
         warmup=min(8, steps // 5),
+        accumulate=PartialState().num_processes,
         clip=1.0,
         precision=precision,
         seed=plan.seed,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 
 from lineament import io
@@ -112,6 +113,8 @@ def run_encoder(
     out, began = Path(out), time.perf_counter()
     if out.exists():
         raise InputError(f"{out} exists already; choose another folder or remove it")
+    if PartialState().num_processes > 1:
+        raise InputError("an encoder is converted by one process; start lineament without accelerate launch")
     teacher, tokenizer, source = load_encoder(model)
     documents = load_documents(plan.data)
     train, test = (paragraphs(flat(documents[split]), seed=plan.seed) for split in ("train", "test"))

@@ -8,10 +8,14 @@ from rich.console import Console
 
 
 class Progress:
-    """Announces stages; the bars of training are `train.fit`'s own, the other stages draw theirs here."""
+    """Announces stages; the bars of training are `train.fit`'s own, the other stages draw theirs here.
 
-    def __init__(self) -> None:
-        self.console = Console(file=sys.stderr)
+    Args:
+        quiet: say nothing, as beside a process that says it all.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(file=sys.stderr, quiet=quiet)
         self._bar: Any = None
         self._task: Any = None
         self._what = ""

@@ -42,7 +42,8 @@ def run(
 
     Stages: damage (what stays softmax) -> inherit -> transfer -> distil -> extend -> evaluate -> save. Work happens
     in `OUT.partial`; `OUT` appears complete or not at all, and the same call goes on after a kill, ending with
-    bit-identical weights on the same machine.
+    bit-identical weights on the same machine. Under `accelerate launch` every process trains on a batch of its own and
+    the gradients are averaged; a run must go on with as many processes as it began with.
 
     Args:
         model: a folder, a Hub name, a GGUF file, "smollm2", or (model, tokenizer) already loaded.
@@ -60,6 +61,7 @@ def run(
         InputError: the model, the plan, the dtype, the text or the folder won't do; nothing was made.
         KeyboardInterrupt: the step in progress was finished and saved; the same call goes on.
     """
+    stages.join_processes()
     plan, saved = plan_named(plan), None if dtype is None else find_dtype(dtype)
     if budget is not None:
         plan = plan.change({"budget": str(budget)})
@@ -80,7 +82,7 @@ def run(
     job.require_text()
     with stages.shared_folder(out, resume=resume, scratch=SCRATCH) as partial:
         _same_work(partial / SCRATCH / "asked.json", job)
-        with Progress() as progress, denormals_flushed():
+        with Progress(quiet=not stages.is_main()) as progress, denormals_flushed():
             return convert_in(job, partial, partial / SCRATCH, progress)
 
 

@@ -1,17 +1,21 @@
 """The stages of a conversion. Each reads what the one before left, and leaves a file that a later run starts from."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from lineament import io
+from lineament._base.errors import InputError
 from lineament._base.seeds import seeded
 from lineament.convert import distil as distillation
 from lineament.convert import measure, select
@@ -33,6 +37,21 @@ from lineament.models.student import build_student
 from lineament.report import Evidence
 
 FEW = 10  # distillation steps; 5 were seen to gain nothing on prose
+
+PATIENCE = timedelta(hours=12)  # the others wait while the main process measures; NCCL alone would wait for minutes
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+
+
+def join_processes() -> None:
+    """Join the processes of `accelerate launch`, before anything is loaded.
+
+    Raises:
+        InputError: they are to share out one model, where a conversion needs a whole one in each.
+    """
+    if any(os.environ.get(name, "").lower() in ("true", "1") for name in SHARDED):
+        raise InputError("a conversion keeps the whole model in every process; configure accelerate without FSDP, "
+                         "DeepSpeed and Megatron (accelerate launch --multi_gpu)")  # fmt: skip
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
 
 
 def is_main() -> bool:
@@ -259,15 +278,15 @@ def distil_all(job: Job, student: nn.Module, work: Path, progress: Progress) -> 
     cache = work / "teacher" if plan.teacher_topk else None
     model = distillation.learners(student, plan, lora_targets(student, plan.lora_targets))
     teacher = distillation.Teacher(job.teacher, job.precision, cache, plan.teacher_topk)
-    offset = 0
+    offset, processes = 0, PartialState().num_processes
     for name, count, lengths in steps:
         if count:
             progress.stage(
                 name, f"{count} steps at {'/'.join(map(str, lengths))} tokens, {plan.distil}, {job.precision}"
             )
-            draw = draws(job, lengths, offset)
+            draw = transferring.side_by_side(draws(job, lengths, offset), len(lengths), processes)
             distillation.distil(model, teacher, plan, draw, count, work / name, precision=job.precision)
-        offset += count
+        offset += count * processes
     if cache is not None:
         progress.note(f"cache of the teacher's logits: {io.human_bytes(teacher.nbytes())}")
     student = distillation.merged(model).eval().requires_grad_(False).to(job.device)

@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from lineament import io
@@ -238,6 +240,25 @@ def pool_batches(
     return batch
 
 
+def side_by_side(draw: Callable[[int], Any], lengths: int, processes: int) -> Callable[[int], Any]:
+    """Return a draw for processes that train together: each gets its own batch of a step, all of one length.
+
+    Args:
+        draw: index -> batch, in which `lengths` lengths take turns.
+
+    Example:
+        >>> [side_by_side(lambda index: index, 2, 3)(index) for index in range(9)]
+        [0, 2, 4, 1, 3, 5, 6, 8, 10]
+    """
+
+    def batch(index: int) -> Any:
+        step, process = divmod(index, processes)
+        turn, length = divmod(step, lengths)
+        return draw((turn * processes + process) * lengths + length)
+
+    return batch
+
+
 def fit_config(plan: Plan, steps: int, precision: str) -> FitConfig:
     """Return the training set-up of one layer's transfer."""
     rates = dict.fromkeys(GATES, plan.transfer_gate_lr) | {"*": plan.transfer_lr}
@@ -246,6 +267,7 @@ def fit_config(plan: Plan, steps: int, precision: str) -> FitConfig:
         lr=rates,
         schedule="cosine",
         warmup=min(5, steps // 10),
+        accumulate=PartialState().num_processes,
         clip=1.0,
         precision=precision,
         seed=plan.seed,
@@ -297,12 +319,14 @@ def transfer(
         loss = transfer_loss(plan.transfer_loss, out, plan.window)
         before = _error(mixer, batches, plan, out)
         work = folder / f"layer-{layer:03d}.work"
-        fit(mixer, batches, loss, fit_config(plan, steps, precision), out=work, description=f"layer {layer}")
+        draw = side_by_side(batches, len(plan.transfer_lengths), PartialState().num_processes)
+        fit(mixer, draw, loss, fit_config(plan, steps, precision), out=work, description=f"layer {layer}")
         results[layer] = {"before": before, "after": _error(mixer, batches, plan, out)}
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in mixer.state_dict().items()}
-        numbers = {name: repr(value) for name, value in results[layer].items()}
-        io.save_tensors(state, folder / f"layer-{layer:03d}.safetensors", metadata=numbers)
-        shutil.rmtree(work, ignore_errors=True)
+        if PartialState().is_main_process:
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in mixer.state_dict().items()}
+            numbers = {name: repr(value) for name, value in results[layer].items()}
+            io.save_tensors(state, folder / f"layer-{layer:03d}.safetensors", metadata=numbers)
+            shutil.rmtree(work, ignore_errors=True)
         if on_layer:
             on_layer(layer, results[layer])
     return results

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError, LineamentError
@@ -26,6 +27,7 @@ from lineament.train.several import Several
 
 Batches = Callable[[int], Any]
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, float]]]
+UNUSED = DistributedDataParallelKwargs(find_unused_parameters=True)  # a loss need not use all that may learn
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def fit(
         model: any module, in the mode it shall train in.
         batches: index -> batch; `config.accumulate` consecutive indices make one step. A function of the index, so
             that a run goes on exactly where it was. Processes share a step's batches, or a batch's rows.
-        loss: (model, batch) -> (scalar, named numbers).
+        loss: (model, batch) -> (scalar, named numbers); gets the bare model, also where several processes train it.
         out: folder for the checkpoint and metrics.jsonl; None keeps nothing.
         resume: go on from the checkpoint in `out`; the result is that of an uninterrupted run, to the bit (same
             machine and threads). False starts anew.
@@ -71,14 +73,14 @@ def fit(
         InputError: nothing can learn, or the checkpoint belongs to other settings. TrainingError: the loss is not a
         number. KeyboardInterrupt: after Ctrl-C, when the step is finished and saved.
     """
-    accelerator = accelerator or Accelerator()
-    run = _Run(model, config, accelerator, None if out is None else Path(out))
+    accelerator = accelerator or Accelerator(kwargs_handlers=[UNUSED])
+    run = _Run(model, loss, config, accelerator, None if out is None else Path(out))
     began, numbers, done = time.perf_counter(), {}, config.steps
     with seeded(config.seed), _interrupts() as stop, _progress(description, config.steps, accelerator) as show:
         first = run.start(resume)
         show(first, {})
         for step in range(first, config.steps):
-            numbers = run.step(step, batches, loss)
+            numbers = run.step(step, batches)
             enough = run.any_of(on_step is not None and on_step(step, numbers) is True)
             show(step + 1, numbers)
             run.log(step, numbers)
@@ -93,10 +95,23 @@ def fit(
     return Fitted(done, time.perf_counter() - began, run.metrics, numbers)
 
 
+class _Lesson(nn.Module):
+    """A model and its loss as one forward pass, for DDP to watch: the loss may call any method of the bare model."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.losses = model, [loss]  # in a list: a loss that is a module does not learn
+
+    def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, float]]:
+        return self.losses[0](self.model, batch)
+
+
 class _Run:
     """The parts of a run that belong together: what learns, its optimiser, its folder."""
 
-    def __init__(self, model: nn.Module, config: FitConfig, accelerator: Accelerator, out: Path | None):
+    def __init__(
+        self, model: nn.Module, loss: Loss, config: FitConfig, accelerator: Accelerator, out: Path | None
+    ) -> None:
         self.config, self.accelerator, self.out = config, accelerator, out
         self.metrics = None if out is None else out / checkpoint.METRICS
         names = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -105,7 +120,7 @@ class _Run:
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.parameters = {names[p]: p for group in groups for p in group["params"]}
         self.buffers = checkpoint.persistent_buffers(model)
-        self.model, self.wrapped = accelerator.prepare(model, optimizer)
+        self.lesson, self.wrapped = accelerator.prepare(_Lesson(model, loss), optimizer)
         self.optimizer, self.backward = optimizer, accelerator.backward
         scaled = accelerator.scaler is not None or accelerator.gradient_accumulation_steps != 1
         self.alone = accelerator.distributed_type.value == "NO" and not scaled
@@ -136,7 +151,7 @@ class _Run:
             checkpoint.log_up_to(self.out / checkpoint.METRICS, done)
         return done
 
-    def step(self, step: int, batches: Batches, loss: Loss) -> dict[str, float]:
+    def step(self, step: int, batches: Batches) -> dict[str, float]:
         """Run one optimiser step and return its numbers, averaged over batches and processes."""
         config = self.config
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -145,8 +160,8 @@ class _Run:
         total: dict[str, float] = {}
         for index, batch in enumerate(mine):
             last = index + 1 == len(mine)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                value, numbers = self._forward(loss, batch)
+            with nullcontext() if last else self.accelerator.no_sync(self.lesson):
+                value, numbers = self._forward(batch)
                 self.backward(value / len(mine))
             for name, number in {"loss": float(value.detach()), **numbers}.items():
                 total[name] = total.get(name, 0.0) + float(number) / len(mine)
@@ -159,13 +174,13 @@ class _Run:
         self.wrapped.zero_grad(set_to_none=True)
         return {**total, "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
-    def _forward(self, loss: Loss, batch: Any) -> tuple[Tensor, Mapping[str, float]]:
+    def _forward(self, batch: Any) -> tuple[Tensor, Mapping[str, float]]:
         device = self.accelerator.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return loss(self.model, to_device(batch, self.accelerator.device))
+            return self.lesson(to_device(batch, self.accelerator.device))
 
     def _clip(self) -> float:
-        limit, learning = math.inf if self.config.clip is None else self.config.clip, list(self.model.parameters())
+        limit, learning = math.inf if self.config.clip is None else self.config.clip, list(self.lesson.parameters())
         if not self.alone:
             return float(self.accelerator.clip_grad_norm_(learning, limit))  # pyright: ignore[reportArgumentType]
         if math.isinf(limit):
