@@ -58,7 +58,7 @@ def test_models_that_drop_out_are_refused(where):
         lambda: explain.effects(*given, MLPS, method="patch"), lambda: explain.effects(*given, MLPS, method="mean"),
         lambda: explain.effects(*given, "m0->logits", method="patch"), lambda: explain.circuit(*given),
         lambda: explain.steering_vector(model, clean, corrupt, MLPS[0]), lambda: metric.between(*given[:3]),
-        lambda: explain.depth(model, [torch.arange(3, 23)]),
+        lambda: explain.depth(model, [torch.arange(3, 23)]), lambda: explain.layer_maps(model, model, [], []),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="drops out in training mode"):
             refused()

@@ -274,8 +274,10 @@ def layer_maps(
         The maps, and R^2 of the identity at equal layers [L] where both have the same shape.
 
     Raises:
-        InputError: unequal vocabularies, or fewer tokens to fit than the source is wide.
+        InputError: unequal vocabularies, fewer tokens to fit than the source is wide, or a model that would drop out.
     """
+    check_mode(source)
+    check_mode(target)
     sizes = [int(getattr(each.config, "vocab_size", -1)) for each in (source, target)]
     if sizes[0] != sizes[1]:
         raise InputError(f"the models have {sizes[0]} and {sizes[1]} tokens; maps need one tokenizer")

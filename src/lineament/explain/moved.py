@@ -160,10 +160,10 @@ def _written(model: nn.Module, site: str, slope: Tensor) -> Tensor:
     adapter = adapter_for(model)
     if not within or name.removeprefix(f"{adapter.layers}.").isdigit():
         return slope
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     if name.rpartition(".")[2] != adapter.projections[-1]:
         raise InputError(f"{site!r} is not written to the residual stream, so it has no direct effect; name what is")
-    weight: Any = module.weight.detach()
+    weight = module.weight.detach()
     turned = weight if isinstance(module, nn.Linear) else weight.mT  # (transformers' Conv1D is transposed)
     return slope @ turned.to(slope)
 
