@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lineament.ops.recurrence.triton_kernels import (
     inputs_backward_kernel,
@@ -101,7 +102,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, clock: Tensor, st
     states_kernel[(N, V // BV)](
         k, v, k if w is None else w, clock, state, states, u, final, T // C, DELTA=w is not None, **constants
     )
-    outputs_kernel[(T // C, N * R, V // BV)](q, k, u, clock, states, o, T // C, R=R, **constants)
+    outputs_kernel[(N * R * (T // C), V // BV)](q, k, u, clock, states, o, T // C, R=R, **constants)
     return o, final, states, u
 
 
@@ -121,7 +122,7 @@ def backward(
         q, k, w if delta else k, clock, grad_o, grad_final, grad_states, grad_u, grad_start, chunks, R=R, DELTA=delta,
         **constants,
     )  # fmt: skip
-    inputs_backward_kernel[(chunks, N)](
+    inputs_backward_kernel[(N * chunks,)](
         q, k, u, clock, states, grad_o, grad_states, grad_u, grad_q, grad_k, grad_w, grad_clock, chunks, R=R,
         DELTA=delta, **constants,
     )  # fmt: skip
@@ -139,6 +140,7 @@ class Decayed(torch.autograd.Function):
         return o, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_o: Tensor, grad_final: Tensor) -> tuple:
         q, k, v, clock, states = ctx.saved_tensors
         dq, dk, dv, _, dclock, dstate = backward(q, k, v, None, clock, states, ctx.constants, grad_o, grad_final)

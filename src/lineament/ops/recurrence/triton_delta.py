@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lineament.ops.recurrence import triton_decayed
 from lineament.ops.recurrence.triton_kernels import pairs, pairs_gradients, product, put, tile
@@ -21,9 +22,9 @@ def solve_kernel(
     k, v, beta, clock, inverse, w, x, chunks, K: tl.constexpr, V: tl.constexpr, KG: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk and row: the inverse of L row by row, and W and X from it."""
-    c = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
+    """One program a chunk of a row: the inverse of L row by row, and W and X from it."""
+    c = tl.program_id(0) % chunks
+    n = (tl.program_id(0) // chunks).to(tl.int64)
     row = n * chunks * C + c * C
     k_c = tile(k, row, C, 0, K, K, DT)
     G = tile(clock, row, C, 0, KG, KG, tl.float64)
@@ -47,8 +48,8 @@ def solve_backward_kernel(
     V: tl.constexpr, KG: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients through the solve; those of k and G are added to what the other kernels left there."""
-    c = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) % chunks
+    n = (tl.program_id(0) // chunks).to(tl.int64)
     row = n * chunks * C + c * C
     k_c = tile(k, row, C, 0, K, K, DT)
     G = tile(clock, row, C, 0, KG, KG, tl.float64)
@@ -86,13 +87,14 @@ class Delta(torch.autograd.Function):
         N, T, K = k.shape
         V, C = v.shape[-1], constants["C"]
         inverse, w, x = (state.new_empty(N, T, width) for width in (C, K, V))
-        solve_kernel[(T // C, N)](k, v, beta, clock, inverse, w, x, T // C, **constants)
+        solve_kernel[(N * (T // C),)](k, v, beta, clock, inverse, w, x, T // C, **constants)
         o, final, states, u = triton_decayed.forward(q, k, x, w, clock, state, constants)
         ctx.save_for_backward(q, k, v, beta, clock, inverse, w, x, states, u)
         ctx.constants = constants
         return o, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_o: Tensor, grad_final: Tensor) -> tuple:
         q, k, v, beta, clock, inverse, w, x, states, u = ctx.saved_tensors
         dq, dk, dx, dw, dclock, dstate = triton_decayed.backward(
@@ -100,7 +102,7 @@ class Delta(torch.autograd.Function):
         )
         dv, dbeta = torch.empty_like(dx), torch.empty_like(beta)
         chunks = k.shape[1] // ctx.constants["C"]
-        solve_backward_kernel[(chunks, k.shape[0])](
+        solve_backward_kernel[(k.shape[0] * chunks,)](
             k, v, beta, clock, inverse, w, x, dw, dx, dk, dv, dbeta, dclock, chunks, **ctx.constants
         )
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dclock, dstate, None

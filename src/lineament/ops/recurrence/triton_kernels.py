@@ -9,6 +9,9 @@ per key channel; sums come as float64 and are subtracted before exp, so every ex
 Everything is laid out for them (`triton_decayed.Layout`): N = B Hs rows, T a multiple of C, widths powers of two of at
 least 16. So there is no mask but the causal one. Products accumulate in the state's dtype.
 
+Rows times chunks are one axis of the grid, the first: the others end at 65535 programs, fewer than 2048 documents of 32
+heads need.
+
 Names: `n` a row, `c` a chunk, `i` tokens of the chunk, `d` key channels, `e` value channels.
 """
 
@@ -97,10 +100,10 @@ def outputs_kernel(
     q, k, u, clock, states, o, chunks, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KG: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk, a query head (R of them read one state) and a block of value channels."""
-    c = tl.program_id(0)
-    h = tl.program_id(1).to(tl.int64)
-    e = tl.program_id(2) * BV
+    """One program a chunk of a query head (R of them read one state) and a block of value channels."""
+    c = tl.program_id(0) % chunks
+    h = (tl.program_id(0) // chunks).to(tl.int64)
+    e = tl.program_id(1) * BV
     n = h // R
     row, head_row = n * chunks * C + c * C, h * chunks * C + c * C
     G = tile(clock, row, C, 0, KG, KG, tl.float64)
@@ -150,9 +153,9 @@ def inputs_backward_kernel(
     K: tl.constexpr, V: tl.constexpr, KG: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk and row: gradients of q, k, w and G. The latter is q dq - k dk, channel by channel."""
-    c = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
+    """One program a chunk of a row: gradients of q, k, w and G. The latter is q dq - k dk, channel by channel."""
+    c = tl.program_id(0) % chunks
+    n = (tl.program_id(0) // chunks).to(tl.int64)
     row = n * chunks * C + c * C
     S_c, D_c = states + (n * chunks + c) * K * V, grad_states + (n * chunks + c) * K * V
     G = tile(clock, row, C, 0, KG, KG, tl.float64)
