@@ -6,12 +6,13 @@ is laid out.
 """
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lineament._base.autocast import without_autocast
 from lineament._base.backends import Backend, choose
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
@@ -20,6 +21,7 @@ from lineament.ops.linear import linear_attention
 from lineament.ops.parallel.collectives import tied
 from lineament.ops.parallel.part import Part, active, alone
 from lineament.ops.parallel.window import entering_state
+from lineament.ops.recurrence.packed import checked_lengths
 from lineament.ops.window_state import (
     WindowCall,
     WindowState,
@@ -27,6 +29,7 @@ from lineament.ops.window_state import (
     empty_state,
     expanded,
     sink_rows,
+    width_of,
     with_past,
 )
 from lineament.ops.window_step import windowed_step_
@@ -87,7 +90,8 @@ def windowed_linear_attention(
         the same o.
 
     Raises:
-        InputError: axes disagree, a negative window or number of sinks, or a state of another window.
+        InputError: axes disagree, a negative window or number of sinks, a state of another shape or device, or
+            cu_seqlens that doesn't rise from 0 to T.
 
     Example:
         >>> q = k = phi = torch.zeros(1, 4, 1, 1)
@@ -217,6 +221,17 @@ def _attend(
     if not torch.compiler.is_compiling():  # (traced sizes may be symbols)
         _check(q, k, v, phi_q, phi_k, log_scale, log_decay, cu_seqlens, window, sinks)
         _check_outer(phi_q, outer)
+    with without_autocast(q.device):
+        return _walk(q, k, v, phi_q, phi_k, log_scale, window, sinks, log_decay, state, cu_seqlens, backend, relative,
+                     outer)  # fmt: skip
+
+
+def _walk(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor | None, phi_k: Tensor | None, log_scale: Tensor | None,
+    window: int, sinks: int, log_decay: Tensor | None, state: WindowState | None, cu_seqlens: Tensor | None,
+    backend: str, relative: bool, outer: int,
+) -> tuple[Tensor, WindowState]:  # fmt: skip
+    """Run a backend on rows of one position, or documents, one after the other."""
     B, T, Hq, _ = q.shape
     own = active()
     if own is not None:
@@ -225,10 +240,12 @@ def _attend(
         phi_q, phi_k = q[..., :0], k[..., :0]
         log_scale = q.new_full((1,), -torch.inf).expand(Hq)
     log_scale = log_scale.expand(B, T, Hq)
-    offsets = None if cu_seqlens is None else cu_seqlens.tolist()
+    offsets = None if cu_seqlens is None else [0, *accumulate(checked_lengths(cu_seqlens, q))]
     rows = B if offsets is None else len(offsets) - 1
     sizes = {"window": window, "sinks": sinks, "outer": outer}
     state, counts, kept = _memory(own, state, k, v, phi_k, log_decay, rows, sizes)
+    if not rows:
+        return v.new_empty(B, T, Hq, v.shape[-1]), state
     heads_first = [x.transpose(1, 2) for x in (k, v, phi_k)]
     outs, states = [], []
     traced = backend != "reference" and torch.compiler.is_compiling()
@@ -273,9 +290,13 @@ def _memory(
     Hk, K = k.shape[2:]
     if state is None:
         return empty_state(rows, Hk, K, v.shape[-1], phi_k.shape[-1], like=k, **sizes), [0] * rows, ()
-    slots = [rows, Hk, sizes["window"] + sizes["sinks"], K]
-    if list(state.keys.shape) != slots:
-        raise InputError(f"the state's keys have shape {list(state.keys.shape)}; these arguments need {slots}")
+    slots, F, V = (rows, Hk, sizes["window"] + sizes["sinks"]), phi_k.shape[-1], v.shape[-1]
+    wanted = ((rows, Hk, width_of(F, sizes["outer"]), V + 1), (*slots, K), (*slots, V), (*slots, F), (rows,))
+    for name, x, shape in zip(state._fields, state, wanted, strict=True):
+        if x.shape != shape:
+            raise InputError(f"state.{name} has shape {list(x.shape)}; these arguments need {list(shape)}")
+        if x.device != k.device:
+            raise InputError(f"state.{name} is on {x.device} and k is on {k.device}; move one of them")
     return state, state.count.tolist(), ()
 
 

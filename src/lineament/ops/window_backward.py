@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lineament._base.backends import widest
 from lineament.ops.window_blocked import (
@@ -186,6 +187,7 @@ class WindowedAttention(torch.autograd.Function):
         return o, far
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_far: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # read once: checkpointing hands them out a single time
         inputs, (o, den, far, *parts) = saved[:10], saved[10:]

@@ -7,6 +7,7 @@ far state; softmax runs over all slots in whatever order they stand.
 import torch
 from torch import Tensor
 
+from lineament._base.autocast import without_autocast
 from lineament.ops.window_reference import common_scale
 from lineament.ops.window_state import WindowState, code_shares, expanded
 
@@ -59,13 +60,17 @@ def windowed_step_(
     if phi_k is not None and log_decay is not None:
         far.mul_(log_decay.to(far.dtype).exp()[..., None, None])
     counts = count.tolist()
+    if not counts:
+        return v.new_empty(0, q.shape[1], v.shape[2])
     write = _write_even_ if counts.count(counts[0]) == len(counts) else _write_uneven_
     write(state, k, v, phi_k, counts, window, sinks, outer)
     count.add_(1)
     if log_decay is not None and logits and phi_q is not None and log_scale is not None:
         phi_q, total = code_shares(phi_q, outer)  # cells may have faded: only shares are safe
         log_scale, logits = log_scale + total, False
-    return _wide(_look(q, phi_q, log_scale, state, counts, relative, outer, logits), v.dtype).view(*q.shape[:2], -1)
+    with without_autocast(q.device):
+        out = _look(_wide(q, state.keys.dtype), phi_q, log_scale, state, counts, relative, outer, logits)
+    return _wide(out, v.dtype).view(*q.shape[:2], -1)
 
 
 def _look(

@@ -31,7 +31,8 @@ def windowed_attention(
         q, k, v, phi_q, phi_k, log_scale, log_decay, far, sink_k, sink_v, window, sinks, count, relative,
         outer,
     )  # fmt: skip
-    o, den, last, states = forward(call, keep=True)
+    *found, states = forward(call, keep=True)
+    o, den, last = (x.contiguous() for x in found)  # as the fake operator promises
     if not states:
         empty = far.new_empty(0)
         return o, den, last, empty, empty.clone()
@@ -48,7 +49,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, log_scale: 
     edges = (T + size - 1) // size
     o, den = v.new_empty(B, T, Hq, V), far.new_empty(B, T, Hq, 1)
     if not F:
-        return o, den, torch.empty_like(far), far.new_empty(0), far.new_empty(0)
+        return o, den, far.new_empty(far.shape), far.new_empty(0), far.new_empty(0)
     return o, den, far.new_empty(far.shape), far.new_empty(edges * G * F * V), far.new_empty(edges * G * F)
 
 

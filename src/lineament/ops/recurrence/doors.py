@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lineament._base.autocast import without_autocast
 from lineament._base.backends import Backend, choose, wants_plain_autograd
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
@@ -165,9 +166,10 @@ def _run(
             return run(*rows, state, chunk_size=chunk_size)
         return run_packed(lambda *rows: run(*rows, chunk_size=chunk_size), rows, state, lengths)  # type: ignore
 
-    if part is not None:
-        return run_parallel(part, here, (q, k, v), beta, gate, state)
-    return here(q, k, v, beta, gate, state)
+    with without_autocast(q.device):
+        if part is not None:
+            return run_parallel(part, here, (q, k, v), beta, gate, state)
+        return here(q, k, v, beta, gate, state)
 
 
 def _check(

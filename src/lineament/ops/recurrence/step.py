@@ -5,6 +5,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from lineament._base.autocast import without_autocast
 from lineament.ops.compiled import arrays, refused, written
 
 
@@ -76,7 +77,8 @@ def delta_step_(
     wide_k, wide_v = k.to(wide), v.to(wide)
     full_k = wide_k if k.shape[1] == heads else wide_k.repeat_interleave(heads // k.shape[1], 1)
     full_v = wide_v if v.shape[1] == heads else wide_v.repeat_interleave(heads // v.shape[1], 1)
-    held = torch.matmul(full_k[:, :, None], state)[:, :, 0]  # [B, Hs, V]
+    with without_autocast(state.device):
+        held = torch.matmul(full_k[:, :, None], state)[:, :, 0]  # [B, Hs, V]
     _write_(state, full_k, (full_v - held).mul_(beta.to(wide)[..., None]))
     return _read(state, q, v.dtype, out)
 
@@ -121,7 +123,8 @@ def _read(state: Tensor, q: Tensor, dtype: torch.dtype, out: Tensor | None) -> T
     if q.shape[1] < heads:
         q = q.repeat_interleave(heads // q.shape[1], 1)
     q = q.to(state.dtype).unflatten(1, (heads, -1))  # [B, Hs, r, K]
-    if out is None:
-        return torch.matmul(q, state).flatten(1, 2).to(dtype)
-    torch.matmul(q, state, out=out.unflatten(1, (heads, -1)))
+    with without_autocast(state.device):
+        if out is None:
+            return torch.matmul(q, state).flatten(1, 2).to(dtype)
+        torch.matmul(q, state, out=out.unflatten(1, (heads, -1)))
     return out
