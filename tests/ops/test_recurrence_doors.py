@@ -127,3 +127,14 @@ def test_compile_in_one_graph_with_gradients(backend, dynamic):
 def test_the_operator_keeps_the_rules_of_custom_operators(gate):
     p = problem(5, gate=gate, dtype=torch.float32).map(lambda x: x.requires_grad_())
     torch.library.opcheck(torch.ops.lineament.recurrence.default, (*p.tensors(), 4, True))
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["decayed", "delta"])
+def test_a_document_that_is_not_a_number_leaves_the_others_alone(delta):
+    p = replace(problem(12, B=1, delta=delta), state=None)
+    borders = torch.tensor([0, 3, 5, 12])
+    wanted, _ = run(p, "chunked", cu_seqlens=borders)
+    p.k[:, 0] = torch.nan  # where padding of other documents takes its numbers from
+    found, states = run(p, "chunked", cu_seqlens=borders)
+    torch.testing.assert_close(found[:, 3:], wanted[:, 3:])
+    assert states[1:].isfinite().all()

@@ -68,6 +68,18 @@ def test_extreme_gates(loops, delta, value):
     assert loops
 
 
+@pytest.mark.parametrize("delta", [False, True], ids=["decayed", "delta"])
+def test_a_head_that_is_not_a_number_leaves_the_others_alone(loops, delta):
+    p = problem(40, (3, 3, 3), K=7, V=5, delta=delta)
+    wanted = everything(p, "chunked")
+    p.q[:, 20:, 0] = p.k[:, 20:, 0] = p.v[:, 20:, 0] = torch.nan
+    found = everything(p, "chunked")
+    for name in ("o", "q", "k", "v"):
+        assert found[name][:, :, 0].isnan().any()
+        torch.testing.assert_close(found[name][:, :, 1:], wanted[name][:, :, 1:], msg=name)
+    assert loops
+
+
 def test_strided_inputs_are_read_in_place(loops):
     p = problem(65)
     wanted = run(p)

@@ -54,10 +54,12 @@ def room(count, rows, columns, like):
 
 @loop
 def load(x, start, stop, out, rows):
-    """Copy tokens start..stop of x [T, W], and zeros behind them."""
+    """Copy tokens start..stop of x [T, W], and zeros behind them and behind their columns up to a whole tile."""
     for i in range(rows):
         if start + i < stop:
             move(x, start + i, out, i, x.shape[1], 0)
+            for c in range(x.shape[1], padded(x.shape[1])):  # 0 times an earlier head's NaN is NaN
+                out[i, c] = 0
         else:
             out[i, :] = 0
 

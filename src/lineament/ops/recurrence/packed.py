@@ -88,7 +88,8 @@ def _run_group(
     for x in inputs:
         if x is not None:
             x = x[0].index_select(0, where).unflatten(0, real.shape)
-            x = x if min(lengths) == longest else x * real.view(*real.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+            padding = ~real.view(*real.shape, *[1] * (x.dim() - 2))
+            x = x if min(lengths) == longest else x.masked_fill(padding, 0.0)  # 0 times NaN is NaN
         rows.append(x)
     o, state = run(*rows, state)
     kept = real.flatten().nonzero()[:, 0]
