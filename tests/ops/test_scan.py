@@ -91,3 +91,11 @@ def test_gates_out_of_range_are_named(given, message):
 def test_gates_at_the_edges_pass():
     check_gates(torch.tensor([0.0, -torch.inf]), torch.tensor([0.0, 1.0]))
     check_gates(None, torch.tensor([2.0]), most=2.0)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_an_empty_batch_is_answered_with_gradients(backend):
+    x = X[:0].clone().requires_grad_()
+    o, state = elementwise_scan(x, G[:0], backend=backend)
+    o.sum().backward()
+    assert (o.shape, state.shape, x.grad.shape) == ((0, 130, 5), (0, 5), (0, 130, 5))

@@ -226,3 +226,9 @@ def test_wrong_input_to_the_polynomial_form_is_named():
         polynomial_tensor_attention(q * 0 - 10, [k * 0 + 1 for k in keys], values, degree=3, method="taylor")
     with pytest.raises(InputError, match="needs as many"):
         polynomial_tensor_scan(q[:, :2], keys, values, radius=1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"windows": [2, 3]}])
+def test_an_empty_batch_is_answered(options):
+    x = torch.zeros(0, 6, 2, 4)
+    assert tensor_attention(x, [x, x], [x, x], **options).shape == (0, 6, 2, 4)

@@ -116,7 +116,8 @@ def _scan(x: Tensor, log_decay: Tensor, state: Tensor, *, reverse: bool = False)
     for c in range(chunks - 1, -1, -1) if reverse else range(chunks):
         h[:, c].addcmul_(since[:, c], state[:, None])
         state = h[:, c, past]
-    return h.view(B, -1, D)[:, missing:] if reverse else h.view(B, -1, D)[:, :T]
+    h = h.flatten(1, 2)
+    return h[:, missing:] if reverse else h[:, :T]
 
 
 @torch.library.custom_op("lineament::elementwise_scan", mutates_args=())

@@ -130,7 +130,7 @@ def _over(q: Tensor, pairs: _Pairs, causal: bool) -> Tensor:
     blocks = math.ceil(len(q) / heads) * math.ceil(q.shape[1] / rows)
     recompute = blocks > 1 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, *pairs[:4]))
     out = []
-    for g in range(0, len(q), heads):
+    for g in range(0, max(len(q), 1), heads):  # (no rows: one block of nothing)
         part = [None if x is None else x[g : g + heads] if len(x) > 1 else x for x in pairs[:6]]
         line = []
         for i in range(0, q.shape[1], rows):
