@@ -3,8 +3,10 @@
 At one token, operators are bound by their calls and by a pass over the state each; a loop reads it once.
 """
 
+import hashlib
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,10 +50,22 @@ def written(*tensors: Tensor) -> list[Any]:
     return arrays(*tensors)
 
 
+def _digest(function: Callable[..., Any]) -> str:
+    """Name the content of a function's file and, since their names do the same, of the loops that it imports."""
+    called = [x.py_func.__qualname__ for x in function.__globals__.values() if hasattr(x, "py_func")]
+    content = Path(function.__code__.co_filename).read_bytes() + " ".join(sorted(called)).encode()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
 def loop(function: Callable[..., Any], signature: tuple[Any, ...] | None = None) -> Callable[..., Any]:
-    """Compile at the first call (at once for one signature if given), and keep the result where there is a place."""
+    """Compile at the first call (at once for one signature if given), and keep the result where there is a place.
+
+    numba keeps results by a function's name and its file's time, and doesn't notice when a file that it calls into has
+    changed; so the name says what stands in all of them.
+    """
     from numba import njit
 
+    function.__qualname__ = f"{function.__name__}_{_digest(function)}"
     try:
         return njit(signature, cache=True, **OPTIONS)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
