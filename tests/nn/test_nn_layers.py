@@ -165,6 +165,15 @@ def test_the_safe_gate_stays_above_its_floor_and_is_no_clamp():
     assert ((log_decay > -4.9) & (log_decay < -0.1)).any()
 
 
+def test_a_forget_gate_at_the_bottom_gives_its_table_the_gradient_zero():
+    """(What trains on several devices waits for the gradient of every parameter.)"""
+    gate, z = ForgetGate(6, 0, 1), torch.ones(2, 3)
+    log_f, rest = gate(z)
+    (log_f.sum() + rest.sum()).backward()
+    assert gate.bounds.logits.grad.eq(0).all()
+    same(log_f, z.sigmoid().log(), 1e-6)
+
+
 @torch.no_grad()
 def test_lower_bounds_rise_from_zero_with_the_absolute_layer():
     gates = torch.nn.ModuleList(ForgetGate(6, layer, 5) for layer in (0, 1, 3, 4))  # a hybrid: layer 2 is softmax

@@ -83,7 +83,10 @@ class ForgetGate(nn.Module):
         """Return log f and 1 - f of logits z [.., H, K]."""
         z = widened(z)
         bounds = self.borrowed[0] if self.borrowed else self.bounds
-        return bounded_forget(z, bounds(self.layer).view(z.shape[-2:]) if self.layer else None)
+        bound = bounds(self.layer).view(z.shape[-2:])
+        if self.layer:
+            return bounded_forget(z, bound)
+        return bounded_forget(z + bound if torch.is_grad_enabled() else z, None)  # 0: every step reads every parameter
 
 
 def bounded_forget(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
