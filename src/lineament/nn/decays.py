@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
+from lineament._base.backends import widest
 from lineament.nn.config import MixerConfig
 from lineament.nn.recurrent import Recurrent, Terms, spread_rates
 from lineament.nn.state import State, widened
@@ -21,7 +22,7 @@ class Retention(Recurrent):
 
 def retention_decay(heads: int, like: Tensor) -> Tensor:
     """Return RetNet's log decays [heads] in float32 or wider."""
-    place = torch.arange(heads, device=like.device, dtype=torch.float64)
+    place = torch.arange(heads, device=like.device, dtype=widest(like.device))
     return torch.log1p(-(2.0 ** (-5.0 - place))).to(torch.promote_types(like.dtype, torch.float32))
 
 

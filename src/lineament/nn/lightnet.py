@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lineament._base.backends import widest
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
 from lineament.nn.config import MixerConfig
@@ -19,7 +20,7 @@ NOTHING = -1e30  # the log of an empty sum: finite, so that no gradient becomes 
 
 
 class LightNetState(NamedTuple):
-    """S [B, Hk, K or 2K, V], the log sums of exp(k) [B, Hk, K] in float64, and the tokens seen [B]."""
+    """S [B, Hk, K or 2K, V], the log sums of exp(k) [B, Hk, K] as wide as can be, and the tokens seen [B]."""
 
     memory: Tensor
     log_sum: Tensor
@@ -72,7 +73,7 @@ class LightNet(nn.Module):
             cu_seqlens = part.check_call(q.shape[1], cu_seqlens)
             if state is not None:
                 raise InputError("LightNet begins from nothing under sequence_parallel; leave state out")
-        wide, logits, memory = widened(k).dtype, k.double(), None
+        wide, logits, memory = widened(k).dtype, k.to(widest(k.device)), None
         if state is None:
             rows = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
             before, count = logits.new_full((rows, *k.shape[2:]), self.start), beginnings(rows, q.device)
@@ -108,7 +109,7 @@ def cosines(x: Tensor, place: Tensor, theta: float) -> Tensor:
     width, axes = x.shape[-1], place.shape[-1]
     slot = -(-width // axes)
     rate = speeds(slot, theta, x.device) ** 2
-    angle = (place[..., None].double() * rate).flatten(-2)[..., :width].unsqueeze(-2)
+    angle = (place[..., None] * rate).flatten(-2)[..., :width].unsqueeze(-2)
     return torch.cat([x * angle.cos().to(x.dtype), x * angle.sin().to(x.dtype)], dim=-1)
 
 

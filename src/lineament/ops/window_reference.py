@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lineament._base.backends import widest
 from lineament.ops.window_state import WindowCall, expanded
 
 HEADROOM = 40.0  # nats that the far part's logit may raise the common scale above the exact part's largest logit
@@ -62,7 +63,8 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
 
 
 def _clock(call: WindowCall) -> Tensor:
-    """Inclusive running sum of the log decay, [B, Hk, T] in float64; zeros without one."""
+    """Inclusive running sum of the log decay, [B, Hk, T] in the widest float there is; zeros without one."""
+    wide = widest(call.far.device)
     if call.log_decay is None:
-        return call.far.new_zeros(*call.far.shape[:2], call.q.shape[1], dtype=torch.float64)
-    return call.log_decay.transpose(1, 2).double().cumsum(-1)
+        return call.far.new_zeros(*call.far.shape[:2], call.q.shape[1], dtype=wide)
+    return call.log_decay.transpose(1, 2).to(wide).cumsum(-1)

@@ -6,6 +6,8 @@ Formulas of `walk.py`. Per-channel decays are taken pairwise in chunks of 16, ma
 import torch
 from torch import Tensor
 
+from lineament._base.backends import widest
+
 CHUNK, CHUNK_CHANNEL = 64, 16
 
 
@@ -68,7 +70,7 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Return o [B, Hs, r, C, V] and the next state for q [B, Hs, r, C, K], k, v, beta, gate [B, Hs, C, ..]."""
     C = k.shape[2]
-    since = None if gate is None else gate.double().cumsum(2)  # [B, Hs, C, 1 or K]
+    since = None if gate is None else gate.to(widest(gate.device)).cumsum(2)  # [B, Hs, C, 1 or K]
     read, weight = _read_and_weight(since, k)
     left = torch.ones_like(read) if since is None else (since[:, :, -1:] - since).to(k.dtype).exp()
     if beta is not None:

@@ -17,6 +17,7 @@ the backward dq, dk, dk_row, dqk, dkk); `load` overwrites what it held.
 import torch
 from torch import Tensor
 
+from lineament._base.backends import widest
 from lineament.ops.recurrence.layout import Tiles
 
 Buffers = dict[str, Tensor]
@@ -72,7 +73,7 @@ class HeadDecay(NoDecay):
         super().__init__(at, rows)
         N, C, _ = at["k"].shape
         self.weight = at["k"].new_empty(N, C, C)
-        self.tiles = Tiles(at["k"].new_empty(N, C, 1, dtype=torch.float64), tiles, count)
+        self.tiles = Tiles(at["k"].new_empty(N, C, 1, dtype=widest(at["k"].device)), tiles, count)
 
     def load(self, start: int, stop: int) -> None:
         total = self.tiles.load(start, stop).cumsum_(1)  # [N, C, 1]
@@ -113,7 +114,7 @@ class HeadDecay(NoDecay):
 
     def grad_log_decay(self, dgate: Tensor) -> Tensor:
         """Sum over channels and later tokens: [N, C, 1]."""
-        total = dgate.sum(2, keepdim=True).double()
+        total = dgate.sum(2, keepdim=True).to(widest(dgate.device))
         return total.flip(1).cumsum_(1).flip(1)
 
 
