@@ -108,6 +108,17 @@ def test_packed_documents_equal_documents_alone(family):
     assert torch.equal(ones, packed)
 
 
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+@torch.no_grad()
+def test_packed_documents_keep_a_window_that_the_config_has_for_all_layers(family):
+    teacher, tokens = tiny_teacher(family, sliding_window=4), ids()
+    model = build_student(teacher, {1: MixerConfig(kind="kda", **head_shape(teacher.config))})
+    positions = torch.cat([torch.arange(10), torch.arange(T - 10)])[None].expand(2, -1)
+    packed = model.train()(tokens, position_ids=positions).logits
+    near(packed[:, 10:], model(tokens[:, 10:]).logits)
+    near(packed[:, :10], model(tokens[:, :10]).logits)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_saved_and_loaded_is_bit_identical(family, tmp_path):

@@ -60,7 +60,8 @@ def attend(
     """
     mixer, part = getattr(module, "mixer", None), active()
     packed = lineament_rows is not None and lineament_rows.valid is None
-    sliding = getattr(module, "sliding_window", None) is not None or kwargs.get("softcap") is not None
+    window = getattr(module, "sliding_window", None) or kwargs.get("sliding_window")  # as Mistral and Phi-3 pass it
+    sliding = window is not None or kwargs.get("softcap") is not None
     if mixer is None and part is None and (sliding or not packed):
         return ordinary(module, query, key, value, attention_mask, scaling, **kwargs)
     q = query.transpose(1, 2)
@@ -69,7 +70,7 @@ def attend(
     if part is not None and mixer is None and sliding:
         if kwargs.get("softcap") is not None:
             raise InputError("a layer that squashes its attention logits can't run under sequence_parallel")
-        return window_attention(q, k, v, window=module.sliding_window, sinks=0), None  # type: ignore[arg-type]
+        return window_attention(q, k, v, window=window, sinks=0), None  # type: ignore[arg-type]
     if mixer is not None and lineament is None:
         raise InputError(f"the mixer in layer {module.layer_idx} is passed over: something replaced the forward of its "
                          "attention module, hooks of accelerate (device_map) perhaps")  # fmt: skip
