@@ -193,10 +193,13 @@ def test_a_teacher_on_another_device_gets_its_batch_there(parts, make):
     assert seen.value.args == ({"meta"},)
 
 
-def test_a_budget_is_refused_where_steps_decide(folder, tmp_path, capsys):
-    command = ["convert", str(folder / "model"), "--plan", "encoder", "-o", str(tmp_path / "student"), "--budget", "1h"]
+@pytest.mark.parametrize(
+    ("option", "value", "message"), [("--budget", "1h", "no budget"), ("--dtype", "bf16", "leave --dtype out")]
+)
+def test_what_only_decoders_know_is_refused(folder, tmp_path, capsys, option, value, message):
+    command = ["convert", str(folder / "model"), "--plan", "encoder", "-o", str(tmp_path / "student"), option, value]
     assert command_line(command) == 2
-    assert "no budget" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

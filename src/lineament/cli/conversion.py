@@ -58,6 +58,8 @@ def convert(
             raise InputError(
                 "an encoder's plan has no budget; give steps: --set transfer_steps=300 --set distil_steps=50"
             )
+        if dtype is not None:
+            raise InputError("an encoder is saved in the dtype of its teacher; leave --dtype out")
         evidence = run_encoder(model, changes, out, resume=resume)
         table = evidence.table()
     else:
