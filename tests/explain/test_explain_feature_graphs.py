@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from test_explain_dictionaries import dictionary
-from tiny_families import InDouble, ids, make, saved_decoder
+from tiny_families import ids, make, saved_decoder
 
 from lineament import explain
 from lineament.cli import run as command
@@ -15,6 +15,7 @@ from lineament.explain.dictionaries.feature_graph import _influence, _largest
 from lineament.explain.dictionaries.hooks import placed
 from lineament.explain.dictionaries.weights import read_directions
 from lineament.explain.places import values_at
+from lineament.graph import InDouble
 from lineament.models import load_teacher, tiny
 
 WORDS = ["?", *(f"w{i}" for i in range(60))]

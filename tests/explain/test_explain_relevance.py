@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny_families import FAMILIES, OWN, InDouble, ids, image, make
+from tiny_families import FAMILIES, OWN, ids, image, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,7 +13,7 @@ from lineament import explain, models
 from lineament.explain.recording import prepared, record
 from lineament.explain.tape import Values, build
 from lineament.explain.targets import selected
-from lineament.graph import capture
+from lineament.graph import InDouble, capture
 from lineament.nn import BUILDERS
 
 ALL = [*FAMILIES, *OWN]

@@ -8,13 +8,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from PIL import Image
-from tiny_families import COMMON, FAMILIES, IMAGE, OWN, VGG, InDouble, ids, image, make, saved_decoder, vision
+from tiny_families import COMMON, FAMILIES, IMAGE, OWN, VGG, ids, image, make, saved_decoder, vision
 from torch import nn
 from transformers import ViTImageProcessor
 
 from lineament import explain, models
 from lineament._base.errors import InputError
 from lineament.cli import run
+from lineament.graph import InDouble
 
 QUICK = ["gpt2", "llama", "gemma2", "vit", "resnet-own", "unet", "encoder"]
 INPUTS = {"t5": "decoder_input_ids", "whisper": "input_features"}

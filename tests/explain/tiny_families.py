@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 COMMON = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {"vocab_size": 61, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -245,18 +244,3 @@ def saved_decoder(folder: Path, words: list[str], kind: str = "llama") -> str:
     word_tokenizer(words).save_pretrained(folder / kind)
     make(kind)[0].save_pretrained(folder / kind)
     return str(folder / kind)
-
-
-class InDouble(TorchFunctionMode):
-    """Leaves out casts of float64 to float32, so that models which compute their norms in float32 are float64 whole."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
-        if wide and func is Tensor.float:
-            return args[0]
-        if wide and func is Tensor.to:
-            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        if wide and kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)

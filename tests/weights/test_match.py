@@ -7,7 +7,7 @@ from torch import nn
 
 from lineament import train, weights
 from lineament._base.seeds import generator, seeded
-from lineament.graph.diagrams.diagram import _Wide
+from lineament.graph import InDouble
 from lineament.io import save_tensors
 from lineament.weights.ascent import Ascent
 from lineament.weights.repair import _statistics
@@ -222,6 +222,6 @@ def test_a_planted_element_of_smollm2_is_found(noise):
     outputs, wide = [], model.double()
     for moved in (False, True):  # c computes what b computes
         wide.load_state_dict({name: found.act(name, x) if moved else x for name, x in b.items()}, strict=False)
-        with torch.no_grad(), _Wide():  # transformers' norms would cast to float32
+        with torch.no_grad(), InDouble():  # transformers' norms would cast to float32
             outputs.append(wide(input_ids=torch.arange(1, 17)[None], use_cache=False).logits)
     assert float((outputs[1] - outputs[0]).abs().max()) <= 1e-6 * float(outputs[0].abs().max())

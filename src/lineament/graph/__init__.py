@@ -2,12 +2,13 @@
 
 `trace(model, ...)` is its forward pass as one graph of ATen operators, `axes(model, ...)` the identity of every axis in
 it, `diagram(model, ...)` what is done to them, drawn and runnable. `residual_stream` and the measures on it say what
-each layer of a decoder writes, and what comes of it.
+each layer of a decoder writes, and what comes of it. In a block `InDouble()` a model computes in float64 throughout.
 """
 
 from lineament.graph.axes import Axes, AxisClass, Cut, Leaf, Tree, axes
 from lineament.graph.capture import Captured, Patch, capture, patch
 from lineament.graph.diagrams import Diagram, Term, diagram
+from lineament.graph.double import InDouble
 from lineament.graph.residual import (
     LinearMaps,
     SkipEffects,
@@ -34,6 +35,7 @@ __all__ = [
     "Captured",
     "Cut",
     "Diagram",
+    "InDouble",
     "Leaf",
     "LinearMaps",
     "Patch",

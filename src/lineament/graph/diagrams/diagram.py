@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lineament._base.errors import InputError
@@ -20,6 +19,7 @@ from lineament.graph.diagrams.assemble import term_of
 from lineament.graph.diagrams.execute import execute
 from lineament.graph.diagrams.fold import Panel, panels
 from lineament.graph.diagrams.term import Term
+from lineament.graph.double import InDouble
 from lineament.graph.trace import trace
 from lineament.io import write_text
 
@@ -91,7 +91,7 @@ class Diagram:
         held = {name: tensor.detach().clone() for name, tensor in self.model.named_buffers()}
         try:
             self.model.double().eval()
-            with torch.no_grad(), _Wide():
+            with torch.no_grad(), InDouble():
                 wanted = self.model(*wide[0], **wide[1])
             with torch.no_grad():
                 found = self.execute(*wide[0], **wide[1])
@@ -155,19 +155,6 @@ def diagram(model: nn.Module, *args: Any, **kwargs: Any) -> Diagram:
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     return Diagram(term_of(traced, given), type(model).__name__, kinds, model)
-
-
-class _Wide(TorchFunctionMode):
-    """Wherever a real type is asked for, it is float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def widen(x: Any) -> Any:
-            return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
-
-        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
-            return args[0].double()
-        found = func(*map(widen, args), **{key: widen(value) for key, value in (kwargs or {}).items()})
-        return found
 
 
 def _narrow(model: nn.Module, dtypes: Mapping[str, torch.dtype], held: Mapping[str, Tensor]) -> None:
