@@ -1,11 +1,11 @@
 """How an encoder is converted, as one frozen value."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from lineament._base.errors import InputError, near_miss, unknown
-from lineament.convert.plan import _read, _typed
+from lineament._base.errors import InputError, unknown
+from lineament.convert.plan import changed, typed_
 from lineament.nn import FEATURE_MAPS
 
 LOSSES = ("attention-kl", "output-mse", "both")
@@ -56,9 +56,7 @@ class EncoderPlan:
     checkpoint_every: int = 25
 
     def __post_init__(self) -> None:
-        kinds = get_type_hints(type(self))
-        for one in fields(self):
-            object.__setattr__(self, one.name, _typed(one.name, getattr(self, one.name), kinds[one.name]))
+        typed_(self)
         if self.map not in FEATURE_MAPS or getattr(FEATURE_MAPS[self.map], "needs_positions", False):
             raise unknown("feature map of an encoder", self.map, [name for name in FEATURE_MAPS if name != "cosformer"])
         for name, known in (("transfer_loss", LOSSES), ("start", STARTS)):
@@ -79,12 +77,7 @@ class EncoderPlan:
 
     def change(self, changes: Mapping[str, Any]) -> "EncoderPlan":
         """Return a plan with some fields changed; texts are read as the field's type."""
-        kinds = get_type_hints(type(self))
-        for name in changes:
-            if name not in kinds:
-                raise InputError(f"an encoder's plan has no field {name!r}.{near_miss(name, kinds)} It has "
-                                 f"{', '.join(kinds)}.")  # fmt: skip
-        return replace(self, **{name: _read(name, value, kinds[name]) for name, value in changes.items()})
+        return changed(self, changes)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -111,9 +111,7 @@ class Plan:
     checkpoint_every: int = 20
 
     def __post_init__(self) -> None:
-        kinds = get_type_hints(type(self))
-        for one in fields(self):
-            object.__setattr__(self, one.name, _typed(one.name, getattr(self, one.name), kinds[one.name]))
+        typed_(self)
         problems = list(_range_problems(self))
         if problems:
             raise InputError("; ".join(problems))
@@ -125,7 +123,7 @@ class Plan:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Plan":
         """Read a plan back. Raises InputError on an unknown field (with the near miss) or a wrong type."""
-        _check_names(values)
+        _check_names(cls, values)
         return cls(**dict(values))
 
     def digest(self) -> str:
@@ -135,13 +133,25 @@ class Plan:
 
     def change(self, changes: Mapping[str, Any]) -> "Plan":
         """Return a plan with some fields changed; texts are read as the field's type ("1024,2048" -> a tuple)."""
-        _check_names(changes)
-        kinds = get_type_hints(type(self))
-        return replace(self, **{name: _read(name, value, kinds[name]) for name, value in changes.items()})
+        return changed(self, changes)
 
 
-def _check_names(values: Mapping[str, Any]) -> None:
-    known = [one.name for one in fields(Plan)]
+def typed_(plan: Any) -> None:
+    """Bring every field of a frozen plan to its exact type, or say what was expected."""
+    kinds = get_type_hints(type(plan))
+    for one in fields(plan):
+        object.__setattr__(plan, one.name, _typed(one.name, getattr(plan, one.name), kinds[one.name]))
+
+
+def changed(plan: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a plan of any kind with some fields changed, texts read as the field's type."""
+    _check_names(type(plan), changes)
+    kinds = get_type_hints(type(plan))
+    return replace(plan, **{name: _read(name, value, kinds[name]) for name, value in changes.items()})
+
+
+def _check_names(plan: Any, values: Mapping[str, Any]) -> None:
+    known = [one.name for one in fields(plan)]
     for name in values:
         if name not in known:
             miss = near_miss(str(name), known)
