@@ -22,11 +22,11 @@ from torch import Tensor
 
 from lineament import explain, io
 from lineament._base.seeds import generator
-from lineament.explain.circuit_page import _single, batch, solved
+from lineament.explain.circuit_page import batch, solved
 from lineament.explain.effects import sites_of
 from lineament.models import load_teacher
 from lineament.report import machine
-from lineament.tasks.prompt_pairs import TASKS, Encoded, encode
+from lineament.tasks.prompt_pairs import TASKS, Encoded, encode, one_token
 
 BATCH, ROWS, DRAWS = 24, 48, 2000
 """Prompts in a batch, rows of a forward pass, draws of prompts for an interval."""
@@ -104,7 +104,7 @@ def main() -> None:
         given.asked, given.prompts, given.kinds, given.methods = 8, 1, ["residual"], ["attribution"]
     torch.set_num_threads(1)
     model, tokenizer = load_teacher(given.model)
-    pairs = TASKS[given.task](given.asked, fits=lambda word: _single(tokenizer, word))
+    pairs = TASKS[given.task](given.asked, fits=lambda word: one_token(tokenizer, word))
     encoded, parts = encode(tokenizer, pairs), io.Parts(given.work)
     right, first = parts.value(
         f"solved-{given.task}-{given.asked}", lambda: [x.tolist() for x in solved(model, encoded)]

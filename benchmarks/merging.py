@@ -41,7 +41,7 @@ def equality() -> list[dict]:
 
     from lineament._base.seeds import generator
     from lineament.weights import METHODS, merge
-    from lineament.weights.merge import _stream
+    from lineament.weights.merge import draw_seed
 
     rows = []
     for method, options, based in CASES:
@@ -52,7 +52,7 @@ def equality() -> list[dict]:
             steps = [torch.randn(96, 64, generator=g) for _ in range(count)]
             models = [base + 0.1 * step if related else step for step in steps]
             ours = merge([{"w": x} for x in models], method, base={"w": base} if based else None, **options)["w"]
-            draws = [torch.rand(96, 64, generator=generator(_stream(0, "w", i))) for i in range(count)]
+            draws = [torch.rand(96, 64, generator=generator(draw_seed(0, "w", i))) for i in range(count)]
             real, torch.bernoulli = torch.bernoulli, lambda p, d=draws: (d.pop(0) < p).to(p.dtype)
             try:
                 tensors = [base, *models] if based else models

@@ -62,7 +62,12 @@ class Circuit:
         """The nodes, in the order of the model: a head or MLP of an edge counts once."""
         names = {node for part in self.parts for node in part.split("->")} - {"logits"}
         names -= {name for name in names if any(other.startswith(f"{name}.") for other in names)}
-        return sorted(names, key=_order)
+        return sorted(names, key=node_order)
+
+    def curve_rows(self) -> list[dict[str, Any]]:
+        """Return the curve for a table, without seconds."""
+        return [{f"{self.level}s": row["size"], "share": row["share"], "faithfulness": row["faithfulness"],
+                 "completeness": row["completeness"]} for row in self.curve]  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """Return a value for `json.dumps`."""
@@ -207,16 +212,31 @@ def circuit(
     say("scoring", 0, 1)
     scores, seconds = task.scores(How(method, Grid(("component",)), max(rows, 512), steps), parts)
     say("scoring", 1, 1)
-    ends = parts.value("ends", timed(ends_of, task))
-    order = sorted(names, key=lambda name: -abs(scores[name]))
+    about = {"level": level, "method": method, "ablation": ablation}
+    return choose(task, about, scores, seconds, size=size, faithful=faithful, shares=shares, say=say, kept_in=parts)
+
+
+def choose(
+    task: Any, about: Mapping[str, str], scores: Mapping[str, float], seconds: float, *, size: int | None,
+    faithful: float, shares: Sequence[float], say: Callable[[str, int, int], None], kept_in: Parts,
+) -> Circuit:  # fmt: skip
+    """Measure the highest scores at every size and return the circuit of the size that is wanted.
+
+    Args:
+        task: model and prompts, with `names` of its parts, `measure` of a run without some, and `prompts`.
+        about: the circuit's level, method and ablation. seconds: that scoring took.
+        size, faithful, shares, say, kept_in: as for `circuit`.
+    """
+    names = sorted(task.names, key=lambda name: -abs(scores[name]))
     sizes = sorted({max(1, round(share * len(names))) for share in shares} | ({size} if size else set()))
-    kept = {count: alive(order[:count]) if level == "edge" else order[:count] for count in sizes}
-    curve = curve_of(task, kept, tuple(ends["found"]), say, parts)
+    kept = {count: alive(names[:count]) if about["level"] == "edge" else names[:count] for count in sizes}
+    ends = kept_in.value("ends", timed(_ends_of, task))
+    curve = _curve_of(task, kept, tuple(ends["found"]), say, kept_in)
     wanted = [row for row in curve if (row["asked"] == size if size else row["faithfulness"] >= faithful)]
     chosen = (wanted or curve[-1:])[0]
     return Circuit(
-        level=level, parts={name: scores[name] for name in kept[chosen["asked"]]}, total=len(names), method=method,
-        ablation=ablation, faithfulness=chosen["faithfulness"], completeness=chosen["completeness"],
+        **about, parts={name: scores[name] for name in kept[chosen["asked"]]}, total=len(names),
+        faithfulness=chosen["faithfulness"], completeness=chosen["completeness"],
         whole=ends["found"][0], nothing=ends["found"][1], curve=curve, prompts=task.prompts,
         seconds={"scoring": seconds, "evaluation": ends["seconds"] + sum(row["seconds"] for row in curve)},
     )  # fmt: skip
@@ -241,7 +261,12 @@ def evaluate_circuit(
     strange = [name for name in found.parts if name not in known]
     if strange:
         raise InputError(f"the model has no {found.level} {strange[0]!r}; is the circuit of another model?")
-    ends = ends_of(task)
+    return evaluate(task, found)
+
+
+def evaluate(task: Any, found: Circuit) -> dict[str, float]:
+    """Measure a circuit on the prompts of a task."""
+    ends = _ends_of(task)
     return _judged(task, list(found.parts), ends) | {"whole": ends[0], "nothing": ends[1]}
 
 
@@ -262,7 +287,7 @@ def alive(edges: Sequence[str]) -> list[str]:
         pairs = left
 
 
-def ends_of(task: Any) -> tuple[float, float]:
+def _ends_of(task: Any) -> tuple[float, float]:
     """Return the metric with nothing and with everything ablated."""
     ends = task.measure([]), task.measure(task.names)
     if abs(ends[0] - ends[1]) < 1e-9:
@@ -270,11 +295,11 @@ def ends_of(task: Any) -> tuple[float, float]:
     return ends
 
 
-def curve_of(
+def _curve_of(
     task: Any, kept: Mapping[int, Sequence[str]], ends: tuple[float, float], say: Callable[[str, int, int], None],
-    kept_in: Parts | None = None,
+    kept_in: Parts,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    curve, kept_in = [], kept_in or Parts()
+    curve = []
     for index, (count, parts) in enumerate(kept.items()):
         say("evaluating", index, len(kept))
         found = kept_in.value(f"size-{count}", timed(_judged, task, parts, ends))
@@ -327,7 +352,7 @@ def _rows(inputs: Mapping[str, Any]) -> int:
     return next(len(x) for x in inputs.values() if isinstance(x, Tensor) and x.dim())
 
 
-def _order(name: str) -> tuple[int, int, int]:
+def node_order(name: str) -> tuple[int, int, int]:
     """Sort nodes as they come in the model: embed, a0.h0, ..., m0, a1.h0, ...; features of m0 as t0.5."""
     if name == "embed":
         return (-1, 0, 0)

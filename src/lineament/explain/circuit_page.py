@@ -10,14 +10,13 @@ from torch import nn
 
 from lineament import io
 from lineament._base.errors import InputError
-from lineament.data import going_on
-from lineament.explain.circuit import Circuit, _order, circuit, evaluate_circuit
+from lineament.explain.circuit import Circuit, circuit, evaluate_circuit, node_order
 from lineament.explain.effects import agreement
 from lineament.explain.metrics import LogitDifference
 from lineament.explain.places import run
 from lineament.models import find_model, load_teacher
 from lineament.report import Picture, Section, Tiles, curve, heatmap, network, page, table
-from lineament.tasks.prompt_pairs import TASKS, Encoded, Pair, encode, read_pairs
+from lineament.tasks.prompt_pairs import TASKS, Encoded, Pair, encode, one_token, read_pairs
 
 DRAWN = 60
 """Edges a picture shows, the strongest; more would hide each other."""
@@ -68,7 +67,7 @@ class CircuitReport:
             f"{len(c.parts)} of {c.total} {c.level}s, faithfulness {c.faithfulness:.2f}, completeness "
             f"{c.completeness:.2f}; {self.solved} of {self.asked} prompts solved"
         )
-        found = [table(_curve_rows(c), title=title), table(strongest, title=f"the strongest {c.level}s, by {c.method}")]
+        found = [table(c.curve_rows(), title=title), table(strongest, title=f"the strongest {c.level}s, by {c.method}")]
         if self.held_out:
             found.append(table([self.held_out], title="on prompts it was not found on"))
         return found + ([table(self.agreement, title="correlation with patching, seconds")] if self.agreement else [])
@@ -111,7 +110,7 @@ class CircuitReport:
             Section("The circuit", [Tiles(tiles), about, Picture(self.png(), alt, caption, self.png(dark=True))]),
             Section("How faithful it is", [
                 Picture(self.curve_png(), "Faithfulness and completeness by size", "", self.curve_png(dark=True)),
-                _curve_rows(c)]),
+                c.curve_rows()]),
             Section(f"The strongest {c.level}s", [
                 [{c.level: name, "lost without it": score} for name, score in list(c.parts.items())[:40]]]),
         ]  # fmt: skip
@@ -156,7 +155,7 @@ def circuit_of(
     pairs = None if task in TASKS else read_pairs(task)
     net, tokenizer = load_teacher(model)
     if pairs is None:
-        pairs = TASKS[task](prompts, seed=seed, fits=lambda word: _single(tokenizer, word))
+        pairs = TASKS[task](prompts, seed=seed, fits=lambda word: one_token(tokenizer, word))
     encoded = encode(tokenizer, pairs)
     how = {"faithful": faithful, "rows": rows, **options}
     asked = {"model": io.stamp(find_model(model)), "prompts": io.digest_of(*vars(encoded).values()), **how}
@@ -222,38 +221,28 @@ def compared(
     return agreement(model, clean, corrupt, between, kinds=kinds, rows=128, said=tick, parts=parts)
 
 
-def _single(tokenizer: Any, word: str) -> bool:
-    found = going_on(tokenizer, "Then", word)
-    return len(found) == 1 and found[0] != tokenizer.unk_token_id
-
-
 def _elsewhere(ablation: str) -> str:
     return {"resample": "the corrupt prompt", "mean": "the mean over prompts", "zero": "nowhere: zero"}[ablation]
-
-
-def _curve_rows(c: Circuit) -> list[dict[str, Any]]:
-    return [{f"{c.level}s": row["size"], "share": row["share"], "faithfulness": row["faithfulness"],
-             "completeness": row["completeness"]} for row in c.curve]  # fmt: skip
 
 
 def _network(c: Circuit, title: str, dark: bool) -> bytes:
     strongest = dict(list(c.parts.items())[:DRAWN])
     ends = {tuple(name.split("->")): score for name, score in strongest.items()}
-    writers = sorted({pair[0] for pair in ends}, key=_order)
+    writers = sorted({pair[0] for pair in ends}, key=node_order)
     edges: dict[tuple[str, str], float] = {}
     for (writer, reader), score in ends.items():  # a reading attention layer is drawn as its heads that write
         heads = [name for name in writers if name.startswith(f"{reader}.")] or [reader]
         edges |= {(writer, head): score for head in heads}
-    names = sorted({name for pair in edges for name in pair} - {"logits"}, key=_order)
+    names = sorted({name for pair in edges for name in pair} - {"logits"}, key=node_order)
     ranks: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        ranks.setdefault(_order(name)[:2], []).append(name)
+        ranks.setdefault(node_order(name)[:2], []).append(name)
     mlps = [name for name in names if name.startswith("m")]
     return network([*ranks.values(), ["logits"]], edges, aside=mlps, title=title, dark=dark)
 
 
 def _map(c: Circuit, title: str, dark: bool) -> bytes:
-    places = {name: _order(name) for name in c.parts}
+    places = {name: node_order(name) for name in c.parts}
     layers = 1 + max(layer for layer, _, _ in places.values())
     heads = 1 + max((head for _, kind, head in places.values() if kind == 0), default=0)
     grid = [[float("nan")] * (heads + 1) for _ in range(layers)]

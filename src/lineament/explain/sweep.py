@@ -233,7 +233,7 @@ class Step:
 
     def saved(self, name: str) -> Any:
         """Return what the node saved under a name."""
-        return self.sweep.values._read(self.index, f"_saved_{name}")
+        return self.sweep.values.read(self.index, f"_saved_{name}")
 
     def shape(self, position: int) -> torch.Size:
         """Return the shape of an edge's tensor."""

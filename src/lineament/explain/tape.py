@@ -220,7 +220,7 @@ class Values:
         if k == 0:
             for name in _RESULTS:
                 if hasattr(type(node), name):  # (reading it may raise)
-                    return self._read(i, name)
+                    return self.read(i, name)
         return None
 
     def _field(self, i: int, position: int) -> Tensor | None:
@@ -230,9 +230,10 @@ class Values:
         attribute = fields[position] if position < len(fields) else None
         if attribute is None or not hasattr(type(self.tape.nodes[i]), f"_saved_{attribute}"):
             return None
-        return self._read(i, f"_saved_{attribute}")
+        return self.read(i, f"_saved_{attribute}")
 
-    def _read(self, i: int, attribute: str) -> Tensor | None:
+    def read(self, i: int, attribute: str) -> Tensor | None:
+        """Return what a node saved as an attribute."""
         try:
             value = getattr(self.tape.nodes[i], attribute)
         except RuntimeError as error:

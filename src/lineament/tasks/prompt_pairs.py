@@ -17,9 +17,9 @@ from lineament._base.errors import InputError, unknown
 from lineament._base.seeds import generator
 from lineament.data import going_on
 from lineament.tasks.algorithms import Algorithm, Examples
-from lineament.tasks.templates import _many
+from lineament.tasks.templates import phrases
 
-NAMES = _many(
+NAMES = phrases(
     "Mary, John, Tom, James, Dan, Sarah, Anna, Kate, Paul, Mark, Peter, Laura, Alice, David, Jack, Emma, Mike, Susan, "
     "Robert, Michael, Daniel, Emily, Lisa, Jane, Steve, Kevin, Brian, George, Henry, William, Rachel, Ben, Sam, Alex, "
     "Adam, Jessica, Amy, Karen, Maria"
@@ -214,6 +214,12 @@ def encode(tokenizer: Any, pairs: Sequence[Pair]) -> Encoded:
     last = torch.tensor([len(ids) - 1 for ids in clean])
     prompts, wanted = [_filled(x, 0) for x in (clean, corrupt)], [_filled(x, -1) for x in (answers, distractors)]
     return Encoded(prompts[0], prompts[1], wanted[0], wanted[1], last)
+
+
+def one_token(tokenizer: Any, word: str) -> bool:
+    """Return whether a tokenizer has a word, in the middle of a sentence, as one token."""
+    found = going_on(tokenizer, "Then", word)
+    return len(found) == 1 and found[0] != tokenizer.unk_token_id
 
 
 def _first_tokens(tokenizer: Any, prompt: str, words: Sequence[str]) -> list[int]:

@@ -30,7 +30,8 @@ class Wording:
     words: tuple[str, ...]
 
 
-def _many(text: str) -> tuple[str, ...]:
+def phrases(text: str) -> tuple[str, ...]:
+    """Return the phrases of a text that parts them by commas."""
     return tuple(text.split(", "))
 
 
@@ -49,15 +50,15 @@ TEST = Wording(
         ("Here is the list of room numbers.", " has the room number"),
         ("Here is the table of locker numbers.", " has the locker number"),
     ),
-    subjects=_many(
+    subjects=phrases(
         "lighthouse, museum, castle, bakery, harbor, library, observatory, theater, cathedral, greenhouse, "
         "stadium, monastery, brewery, aquarium, embassy, sawmill"
     ),
-    keys=_many(
+    keys=phrases(
         "Alice, Bruno, Clara, Dmitri, Elena, Felix, Greta, Hugo, Irene, Jonas, Karen, Lukas, Maria, Nadia, "
         "Oscar, Paula, Quentin, Rosa, Simon, Tanya"
     ),
-    words=_many(
+    words=phrases(
         "river, candle, orange, hammer, silver, window, garden, pencil, thunder, rabbit, copper, island, "
         "mirror, velvet, bridge, anchor, lemon, falcon, basket, winter, marble, ticket"
     ),
@@ -73,15 +74,15 @@ PLACE = Wording(
         ("On the door of the {x} somebody wrote:", ". It will be needed later."),
     ),
     lists=(("These are the phone extensions.", " can be reached at extension"),),
-    subjects=_many(
+    subjects=phrases(
         "submarine, tractor, elevator, telescope, generator, printer, freezer, satellite, piano, helicopter, "
         "furnace, compressor"
     ),
-    keys=_many(
+    keys=phrases(
         "Anton, Beatrice, Carlos, Daphne, Edgar, Fiona, Gustav, Helga, Ivan, Julia, Kevin, Laura, Martin, "
         "Nora, Otto, Priya"
     ),
-    words=_many(
+    words=phrases(
         "planet, butter, dragon, forest, guitar, helmet, jacket, kitten, ladder, magnet, needle, ocean, "
         "parrot, rocket, saddle, tunnel"
     ),
@@ -104,16 +105,16 @@ TRAIN = Wording(
         ("The order numbers of the customers follow.", " placed order"),
         ("The badge of every visitor is listed.", " wears badge"),
     ),
-    subjects=_many(
+    subjects=phrases(
         "gardener, pilot, dentist, orchestra, village, kindergarten, shipyard, committee, laundry, barber, "
         "expedition, tribunal, circus, farmhouse, hostel, clinic, workshop, ferry, quarry, choir, vineyard, "
         "tavern, post office, fire brigade"
     ),
-    keys=_many(
+    keys=phrases(
         "Adam, Bella, Cedric, Diana, Emil, Frida, Georg, Hanna, Isaac, Jenny, Klaus, Lydia, Milan, Nina, "
         "Olaf, Petra, Ralph, Sonja, Tobias, Ursula, Viktor, Wanda, Xavier, Yvonne"
     ),
-    words=_many(
+    words=phrases(
         "apple, blanket, camel, diamond, engine, feather, glacier, harvest, insect, jungle, kettle, lantern, "
         "meadow, napkin, onion, pepper, quartz, ribbon, spider, turtle, umbrella, violin, walnut, yellow, "
         "zebra, cotton, donkey, eagle, flute, ginger"

@@ -189,7 +189,7 @@ def _run(row: Method, task: Task, name: str, spec: Spec, seed: int, dtype: torch
     if "lambda" in options:
         options["scale"] = options.pop("lambda")
     if row.draws:
-        options["generators"] = [generator(_stream(seed, name, i)) for i in range(len(inputs))]
+        options["generators"] = [generator(draw_seed(seed, name, i)) for i in range(len(inputs))]
     if row.statistics:
         options["statistics"] = [None if place is None else place[0].value(place[1]) for place in task.statistics]
     with torch.no_grad():
@@ -208,7 +208,8 @@ def _in_pieces(row: Method, inputs: list[Tensor], base: Tensor | None, options: 
     return out
 
 
-def _stream(seed: int, name: str, model: int) -> int:
+def draw_seed(seed: int, name: str, model: int) -> int:
+    """Return the seed of one model's draws for one tensor, whatever the order of work."""
     return int.from_bytes(hashlib.sha256(f"{seed} {model} {name}".encode()).digest()[:7], "little")
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError, unknown
-from lineament.explain.circuit import SHARES, Circuit, _judged, curve_of, ends_of
+from lineament.explain.circuit import SHARES, Circuit, choose, evaluate
 from lineament.explain.dictionaries.hooks import Placed, check_layers
 from lineament.explain.effects import rows_of
 from lineament.explain.moved import SLOPES, Metric, swept
 from lineament.explain.places import check_aligned, replaced, run, values_at
 from lineament.explain.relevance import named
+from lineament.io import Parts
 from lineament.report import network
 
 DRAWN = 24  # features of a layer that a picture shows
@@ -129,17 +130,10 @@ def feature_circuit(
     if size is not None and not 0 < size <= len(task.names):
         raise InputError(f"size is {size}; the prompts have {len(task.names)} features and rests")
     scores = task.scores(method)
-    scored, ends = time.perf_counter() - began, ends_of(task)
-    order = sorted(task.names, key=lambda name: -abs(scores[name]))
-    sizes = sorted({max(1, round(share * len(order))) for share in shares} | ({size} if size else set()))
-    curve = curve_of(task, {count: order[:count] for count in sizes}, ends, say)
-    wanted = [row for row in curve if (row["asked"] == size if size else row["faithfulness"] >= faithful)]
-    chosen = (wanted or curve[-1:])[0]
-    return Circuit(
-        level="feature", parts={name: scores[name] for name in order[: chosen["asked"]]}, total=len(order),
-        method=method, ablation="resample", faithfulness=chosen["faithfulness"], completeness=chosen["completeness"],
-        whole=ends[0], nothing=ends[1], curve=curve, prompts=task.prompts,
-        seconds={"scoring": scored, "evaluation": time.perf_counter() - began - scored},
+    about = {"level": "feature", "method": method, "ablation": "resample"}
+    return choose(
+        task, about, scores, time.perf_counter() - began, size=size, faithful=faithful, shares=shares, say=say,
+        kept_in=Parts(),
     )  # fmt: skip
 
 
@@ -166,8 +160,7 @@ def evaluate_feature_circuit(
     if strange:
         raise InputError(f"no dictionary here has {strange[0]!r}; is the circuit of others?")
     task = _task(model, named(model, clean), named(model, corrupt), metric, dictionaries, rows)
-    ends = ends_of(task)
-    return _judged(task, list(found.parts), ends) | {"whole": ends[0], "nothing": ends[1]}
+    return evaluate(task, found)
 
 
 def _task(

@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from lineament._base.errors import InputError
-from lineament.explain.circuit_page import CircuitReport, _curve_rows, _single, batch, solved
+from lineament.explain.circuit_page import CircuitReport, batch, solved
 from lineament.explain.dictionaries.activations import Said
 from lineament.explain.dictionaries.feature_circuits import evaluate_feature_circuit, feature_circuit, feature_picture
 from lineament.explain.dictionaries.hooks import Placed
-from lineament.explain.dictionaries.reading import _placed
+from lineament.explain.dictionaries.reading import load_placed
 from lineament.explain.dictionaries.weights import direct_tokens
 from lineament.report import Picture, Section, Tiles, page, table
-from lineament.tasks.prompt_pairs import TASKS, encode, read_pairs
+from lineament.tasks.prompt_pairs import TASKS, encode, one_token, read_pairs
 
 LISTED = 40  # features with words, the strongest
 
@@ -67,7 +67,7 @@ class FeatureReport(CircuitReport):
         curve = Picture(self.curve_png(), "Faithfulness and completeness by size", "", self.curve_png(dark=True))
         sections = [
             Section("The features", [Tiles(tiles), about, Picture(self.png(), alt, caption, self.png(dark=True))]),
-            Section("How faithful they are", [curve, _curve_rows(c)]),
+            Section("How faithful they are", [curve, c.curve_rows()]),
             Section("The strongest features", [self.rows()]),
         ]
         return page(f"Features of {self.model} that do {self.task}", sections, path)
@@ -101,8 +101,8 @@ def feature_circuit_by_name(
     if prompts < 1 or not 0 <= held_out < 1:
         raise InputError(f"{prompts} prompts, {held_out} of them held out; expected 1 or more, and a share below 1")
     pairs = None if task in TASKS else read_pairs(task)
-    net, tokenizer, at = _placed(model, folders)
-    pairs = pairs or TASKS[task](prompts, seed=seed, fits=lambda word: _single(tokenizer, word))
+    net, tokenizer, at = load_placed(model, folders)
+    pairs = pairs or TASKS[task](prompts, seed=seed, fits=lambda word: one_token(tokenizer, word))
     encoded, dictionaries = encode(tokenizer, pairs), list(at.values())
     right, first = solved(net, encoded)
     chosen = right.nonzero().flatten().tolist()

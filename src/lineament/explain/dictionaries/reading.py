@@ -183,7 +183,7 @@ def evaluate_by_name(
         activations: folder of cached activations to fit the best affine map on; without, it is left out.
         texts, tokens, length: of the held-out split.
     """
-    net, tokenizer, found = _placed(model, folders)
+    net, tokenizer, found = load_placed(model, folders)
     windows = _windows(tokenizer, texts, HELD_OUT, tokens, length)
     beside = {}
     if activations is not None:
@@ -211,7 +211,7 @@ def dashboard_by_name(
     Args:
         activations: folder of cached activations: their text is read instead, without running the model.
     """
-    net, tokenizer, found = _placed(model, [folder])
+    net, tokenizer, found = load_placed(model, [folder])
     at = next(iter(found.values()))
     if features is not None:
         at.dictionary.check(features)
@@ -255,7 +255,8 @@ def _check_layers(net: Any, layers: Sequence[int]) -> None:
         raise InputError("no layer was given; name at least one")
 
 
-def _placed(model: str, folders: Sequence[str]) -> tuple[Any, Any, dict[str, Placed]]:
+def load_placed(model: str, folders: Sequence[str]) -> tuple[Any, Any, dict[str, Placed]]:
+    """Load a model, its tokenizer, and dictionaries at their places, by the names of their folders."""
     loaded = {Path(folder).name: load_dictionary(folder, model=model) for folder in folders}
     if len(loaded) != len(folders) or not loaded:
         raise InputError(f"dictionaries are named by their folders, which must differ; given {', '.join(folders)}")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lineament.ops.parallel.part import Part, _all_gather
+from lineament.ops.parallel.part import Part, all_gather
 
 Span = tuple[int, int]
 
@@ -139,7 +139,7 @@ class _Carry(torch.autograd.Function):
 def _gather(x: Tensor, part: Part) -> Tensor:
     """Return every rank's x, [world, ..]."""
     out = x.new_empty(part.world * x.numel())
-    _all_gather(out, x.contiguous().flatten(), part.group)
+    all_gather(out, x.contiguous().flatten(), part.group)
     part.traffic["state"] += (part.world - 1) * x.numel() * x.element_size()
     return out.view(part.world, *x.shape)
 

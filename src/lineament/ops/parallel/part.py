@@ -219,11 +219,11 @@ def _device(group: Any) -> torch.device:
 def _agreed(tokens: int, group: Any) -> tuple[int, ...]:
     mine = torch.tensor([tokens], device=_device(group))
     found = mine.new_empty(dist.get_world_size(group))
-    _all_gather(found, mine, group)
+    all_gather(found, mine, group)
     return tuple(found.tolist())
 
 
-def _all_gather(out: Tensor, mine: Tensor, group: Any) -> None:
+def all_gather(out: Tensor, mine: Tensor, group: Any) -> None:
     """Gather flat tensors of one size (the newer name of the call where torch has it)."""
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, mine, group=group)
 
