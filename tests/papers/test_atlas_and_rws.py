@@ -1,15 +1,12 @@
 """The experiments on task vectors and signatures: their mechanics at a reduced scale."""
 
-import importlib.util
 import math
 
 import pytest
 
 from lineament import papers
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("sklearn") is None, reason="the digits are carried by scikit-learn"
-)
+pytestmark = pytest.mark.usefixtures("digits")
 
 
 @pytest.mark.slow

@@ -3,10 +3,8 @@
 import pytest
 
 from lineament import papers
-from lineament._base.extras import available
 
 WORKS = [record.slug for record in papers.records() if record.status == "works"]
-DIGITS = pytest.mark.skipif(not available("sklearn"), reason="digits and photographs come with scikit-learn")
 
 
 @pytest.mark.parametrize("slug", WORKS)
@@ -15,7 +13,7 @@ def test_a_scale_that_is_none_is_named(slug):
         papers.experiment(slug)("smal")
 
 
-@DIGITS
+@pytest.mark.usefixtures("digits")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "slug",

@@ -1,14 +1,10 @@
 """The experiments on depth for breadth and on bricks: their mechanics at a reduced scale."""
 
-import importlib.util
-
 import pytest
 
 from lineament import papers
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("sklearn") is None, reason="the digits are carried by scikit-learn"
-)
+pytestmark = pytest.mark.usefixtures("digits")
 
 
 @pytest.mark.slow

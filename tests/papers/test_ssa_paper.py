@@ -5,16 +5,8 @@ import math
 import pytest
 
 from lineament import papers
-from lineament._base.errors import InputError
-from lineament.data import load_images
 
-
-@pytest.fixture(autouse=True)
-def digits():
-    try:
-        load_images("digits")
-    except InputError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("digits")
 
 
 def test_the_mechanics_run_and_give_no_verdict():

@@ -3,12 +3,9 @@
 import pytest
 
 from lineament import papers
-from lineament._base.extras import available
-
-DIGITS = pytest.mark.skipif(not available("sklearn"), reason="digits come with scikit-learn")
 
 
-@DIGITS
+@pytest.mark.usefixtures("digits")
 @pytest.mark.slow
 @pytest.mark.parametrize("slug", ["weight-matching", "lmc-landscape"])
 def test_the_mechanics_run_and_give_no_verdict(slug):
