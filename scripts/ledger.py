@@ -47,7 +47,8 @@ def over_the_stop(files: dict[Path, int]) -> list[str]:
     """Name every file and function over its limit."""
     found = []
     for path, lines in files.items():
-        stop = PAPER_STOP if path.parent.name == "papers" and path.name != "__init__.py" else FILE_STOP
+        is_paper = path.parent.name == "papers" and path.name not in ("__init__.py", "record.py")
+        stop = PAPER_STOP if is_paper else FILE_STOP
         if lines > stop:
             found.append(f"file {path.relative_to(SOURCE)}: {lines} lines, stop {stop}")
         limit = KERNEL_STOP if path.name.startswith(KERNEL_FILES) else FUNCTION_STOP
