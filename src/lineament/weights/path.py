@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lineament import train
 from lineament._base.errors import InputError
 from lineament.weights.evaluate import Bound, Loss, Scorer, between, parameters_of, prediction_loss, score
-from lineament.weights.repair import NORMS, repair
+from lineament.weights.repair import NORMS, repairing
 
 Split = Mapping[str, Mapping[str, tuple[tuple[float, float], ...]]]
 Point = Mapping[str, Tensor]
@@ -119,8 +119,9 @@ def path(
     scorer = Scorer(model, loss, None if mended else reset)
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in splits}
     places = list(_places(a, b, through, bend, points))
+    merged = repairing(model, a, b, reset) if mended and reset else None
     for t, parts, shares in places:
-        scorer.move(repair(model, a, b, reset, t=t) if mended and reset else between(parts, shares))
+        scorer.move(between(parts, shares) if merged is None else merged(t))
         for split, of in splits.items():
             for name, pair in score(scorer.model, of, scorer.loss).items():
                 curves[split].setdefault(name, []).append(pair)

@@ -6,7 +6,7 @@ Averaging two networks shrinks the variance of their activations (Jordan et al. 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -79,31 +79,45 @@ def repair(
     Raises:
         InputError: a layer but the last of a net without batch norm has no bias.
     """
+    return repairing(model, a, b, batches)(t)
+
+
+def repairing(
+    model: nn.Module, a: Mapping[str, Tensor], b: Mapping[str, Tensor], batches: Iterable[Any]
+) -> Callable[[float], dict[str, Tensor]]:
+    """Return t -> the merged and repaired net there, as `repair` makes it; the ends are measured once for all t."""
     batches = list(batches)
-    merged = copy.deepcopy(model).eval()
-    merged.load_state_dict(between([a, b], [1 - t, t]))
     if any(isinstance(module, NORMS) for module in model.modules()):
-        return reset_batch_norm(merged, batches).state_dict()
-    ends = []
-    for state in (a, b):
-        end = copy.deepcopy(model).eval()
-        end.load_state_dict(dict(state))
-        ends.append(_statistics(end, batches))
-    wanted = {
-        name: ((1 - t) * ends[0][name][0] + t * ends[1][name][0], (1 - t) * ends[0][name][1] + t * ends[1][name][1])
-        for name in list(ends[0])[:-1]
-    }
-    bare = [name for name in wanted if getattr(model.get_submodule(name), "bias", None) is None]
+        return lambda t: reset_batch_norm(_at(model, between([a, b], [1 - t, t])), batches).state_dict()
+    ends = [_statistics(_at(model, state), batches) for state in (a, b)]
+    names = list(ends[0])[:-1]
+    bare = [name for name in names if getattr(model.get_submodule(name), "bias", None) is None]
     if bare:
         raise InputError(f"REPAIR moves biases, and the layer {bare[0]} has none")
-    found = _statistics(merged, batches, wanted)
-    with torch.no_grad():
-        for name, (mean, deviation) in wanted.items():
-            layer: Any = merged.get_submodule(name)
-            scale = deviation / found[name][1].clamp_min(1e-8)
-            layer.weight.mul_(scale.view(-1, *([1] * (layer.weight.dim() - 1))))
-            layer.bias.copy_((layer.bias - found[name][0]) * scale + mean)
-    return merged.state_dict()
+
+    def repaired(t: float) -> dict[str, Tensor]:
+        merged = _at(model, between([a, b], [1 - t, t]))
+        wanted = {
+            name: ((1 - t) * ends[0][name][0] + t * ends[1][name][0], (1 - t) * ends[0][name][1] + t * ends[1][name][1])
+            for name in names
+        }
+        found = _statistics(merged, batches, wanted)
+        with torch.no_grad():
+            for name, (mean, deviation) in wanted.items():
+                layer: Any = merged.get_submodule(name)
+                scale = deviation / found[name][1].clamp_min(1e-8)
+                layer.weight.mul_(scale.view(-1, *([1] * (layer.weight.dim() - 1))))
+                layer.bias.copy_((layer.bias - found[name][0]) * scale + mean)
+        return merged.state_dict()
+
+    return repaired
+
+
+def _at(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a model, in eval mode, at other weights."""
+    copied = copy.deepcopy(model).eval()
+    copied.load_state_dict(dict(state))
+    return copied
 
 
 def _statistics(
