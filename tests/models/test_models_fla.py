@@ -177,6 +177,16 @@ def test_a_hybrid_is_saved_loaded_and_read_in_pieces(family, tmp_path):
     assert torch.equal(model(written[:, :-1]).logits[:, -4:].argmax(-1), written[:, -4:])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_can_grow(tied):
+    model, text = fla_model("gla", tie_word_embeddings=tied), ids()
+    before = model(text).logits
+    model.resize_token_embeddings(64)
+    assert model.get_input_embeddings() is model.model.embeddings
+    assert len(model.model.embeddings.weight) == len(model.lm_head.weight) == 64
+    torch.testing.assert_close(model(text).logits[..., :61], before)
+
+
 def test_what_is_not_read_is_refused():
     with pytest.raises(ValueError, match="attnres_block_size=2"):
         AutoConfig.for_model("gla", **SHAPE, attnres_block_size=2)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lineament._base.errors import InputError, near_miss
 from lineament.models.adapters import PREFIX, head_shape
-from lineament.models.student import FORMAT, config_class, mixer_configs
+from lineament.models.student import FORMAT, FilledModel, config_class, mixer_configs
 from lineament.nn.bidirectional import BidirectionalHeads
 from lineament.nn.config import MixerConfig
 
@@ -84,23 +84,14 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
 
 
-class _Encoder(PreTrainedModel):
+class _Encoder(FilledModel):
     """What encoder students add to their teacher's class."""
+
+    _own_attention = NAME
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         _attach(self, {layer: BidirectionalHeads(own) for layer, own in mixer_configs(config).items()})
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **__: Any) -> str:
-        return NAME
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if not type(module).__module__.startswith("lineament.nn"):
-            super()._init_weights(module)
-            return
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own and not any(getattr(x, "_is_hf_initialized", False) for x in own):
-            module.reset_parameters()  # type: ignore[operator]
 
 
 def self_attentions(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:

@@ -96,6 +96,7 @@ class FlaModel(DecoderModel):
     """Embedding, blocks and the last norm under fla's names."""
 
     _no_split_modules = ["FlaBlock"]  # noqa: RUF012 (transformers reads it so)
+    _input_embed_layer = "embeddings"
 
     def __init__(self, config: Any) -> None:
         StatefulModel.__init__(self, config)
@@ -111,12 +112,6 @@ class FlaModel(DecoderModel):
     def embed_tokens(self) -> nn.Module:
         return self.embeddings
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See `DecoderModel.forward`."""
         if hasattr(self, "lower_bounds"):
@@ -130,6 +125,7 @@ class FlaForCausalLM(DecoderForCausalLM):
     """A decoder of fla's with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012 (transformers reads it so)
+    _input_embed_layer = "embeddings"
 
     def __init__(self, config: Any) -> None:
         StatefulModel.__init__(self, config)

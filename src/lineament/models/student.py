@@ -20,13 +20,13 @@ from lineament.nn import ConvertedHeads, MixerConfig, build
 FORMAT = 1
 
 
-class StatefulModel(PreTrainedModel):
-    """What models with mixers add to transformers' class: their own attention, initial weights and cache."""
+class FilledModel(PreTrainedModel):
+    """What models with mixers add to transformers' class: their own attention and initial weights."""
 
-    _supports_lineament = True
+    _own_attention = NAME
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **__: Any) -> str:
-        return NAME
+        return self._own_attention
 
     def _init_weights(self, module: nn.Module) -> None:
         if not type(module).__module__.startswith("lineament.nn"):
@@ -35,6 +35,12 @@ class StatefulModel(PreTrainedModel):
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if own and not any(getattr(x, "_is_hf_initialized", False) for x in own):
             module.reset_parameters()  # type: ignore[operator]
+
+
+class StatefulModel(FilledModel):
+    """What causal models with mixers add besides: their cache."""
+
+    _supports_lineament = True
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
         kind = generation_config.cache_implementation
