@@ -1,5 +1,7 @@
 """`lineament evaluate` and `lineament generate`: what a student is worth beside its teacher, and what it says."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -31,16 +33,13 @@ def evaluate(
     The same command goes on after an interruption.
     Example: lineament evaluate student --teacher smollm2 --html report.html
     """
-    import shutil
-
     from lineament import convert as room
     from lineament.cli.messages import print_json, quiet, show
     from lineament.convert.progress import Progress
     from lineament.convert.stages import say_row
 
     quiet()
-    unfinished = _unfinished(student)
-    with Progress() as progress:
+    with Progress() as progress, _unfinished(student) as folder:
         progress.stage("evaluate", student)
         found = room.evaluate_folder(
             student,
@@ -56,23 +55,30 @@ def evaluate(
             page=html,
             device=device,
             dtype=dtype,
-            folder=unfinished,
+            folder=folder,
         )
-    shutil.rmtree(unfinished, ignore_errors=True)
     if json:
         print_json(found.to_json())
     else:
         show(room.shown(found), *([f"report: {html}"] if html else []))
 
 
-def _unfinished(student: str) -> Path:
-    """Return where the scores of an evaluation that was cut off lie: apart, a student's folder may be read-only."""
+@contextmanager
+def _unfinished(student: str) -> Iterator[Path]:
+    """Give a folder for the scores of an evaluation, removed when it ends well; a student's own may be read-only."""
     import hashlib
+    import shutil
 
     from lineament.models.load import cache_folder
 
     where = Path(student).resolve()
-    return cache_folder() / "evaluate" / f"{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:12]}"
+    folder = cache_folder() / "evaluate" / f"{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:12]}"
+    try:
+        yield folder
+    except KeyboardInterrupt as stop:
+        stop.add_note("what was scored so far is kept; the same command goes on from there")
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def generate(

@@ -2,8 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,10 @@ from lineament._base.errors import InputError
 from lineament.convert.inspect import Inspection, ModelInfo, info_from_config, inspection
 from lineament.convert.plan import Plan, parse_keep
 from lineament.convert.select import Heads, kept_heads
+from lineament.convert.text import load_documents
+from lineament.convert.thresholds import bar_of
 from lineament.models.adapters import adapter_for
+from lineament.models.place import find_device, find_dtype
 from lineament.report import Evidence
 
 Model = str | Path | tuple[Any, Any]
@@ -174,10 +176,7 @@ def evaluate_folder(
     Raises:
         InputError: no teacher is known, a length below 2, no such device or dtype, or a folder can't be read.
     """
-    from lineament.convert.evaluate import RETRIEVAL_LENGTHS, cost_rows, evaluate
-    from lineament.convert.text import load_documents
-    from lineament.convert.thresholds import bar_of
-    from lineament.models.place import find_device, find_dtype
+    from lineament.convert.evaluate import cost_rows, evaluate
 
     if wrong := [length for length in lengths if length < 2]:
         raise InputError(f"length {wrong[0]}: expected a context of at least 2 tokens")
@@ -186,41 +185,29 @@ def evaluate_folder(
     if teacher is None:
         raise InputError(f"{student} does not name its teacher; give --teacher")
     home, width = find_device(device), find_dtype(dtype)
-    ours, tokenizer = load(student, width)
-    theirs, _ = load(teacher, width)
-    for one in (ours, theirs):
-        one.to(home)
+    (ours, tokenizer), (theirs, _) = load(student, width), load(teacher, width)
+    ours, theirs = ours.to(home), theirs.to(home)
     plan = Plan.from_json(about["plan"]) if "plan" in about else None
     names = tuple(data or (plan.data if plan else ("wiki-sample", "docs")))
     bar = bar_of(plan) if plan else None
     if saved:
         evidence = _with_costs(Path(student), cost_rows(ours, theirs, bar=bar, speed=speed))
     else:
-        limit = info_from_config(theirs.config, name="").positions or max(lengths)
-        with _kept(folder):
-            evidence = evaluate(
-                ours, theirs, tokenizer, texts=load_documents(names)["test"], tokens=tokens, prompts=prompts,
-                speed=speed, lengths=[one for one in lengths if one <= limit], bar=bar, seed=seed,
-                precision=precision, retrieval_lengths=[one for one in RETRIEVAL_LENGTHS if one <= limit],
-                on_row=on_row, untrained=_untrained(theirs, ours, plan), folder=Path(folder) if folder else None,
-            )  # fmt: skip
+        evidence = evaluate(
+            ours, theirs, tokenizer, texts=load_documents(names)["test"], tokens=tokens, prompts=prompts, speed=speed,
+            lengths=lengths, bar=bar, seed=seed, precision=precision, on_row=on_row,
+            untrained=_untrained(theirs, ours, plan), folder=Path(folder) if folder else None,
+        )  # fmt: skip
     evidence = _with_lm_eval(evidence, ours, tokenizer, lm_eval_tasks) if lm_eval_tasks else evidence
     if page is not None:
-        from lineament.convert.pages import report_page, written
-
-        report_page(evidence, Path(page), extra=[written({"teacher": theirs, "student": ours}, tokenizer)])
+        _with_texts(evidence, Path(page), {"teacher": theirs, "student": ours}, tokenizer)
     return evidence
 
 
-@contextmanager
-def _kept(folder: str | Path | None) -> Iterator[None]:
-    """Tell whoever interrupts an evaluation what becomes of its scores."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if folder is not None:
-            stop.add_note("what was scored so far is kept; the same command goes on from there")
-        raise
+def _with_texts(evidence: Evidence, page: Path, models: dict[str, nn.Module], tokenizer: Any) -> None:
+    from lineament.convert.pages import report_page, written
+
+    report_page(evidence, page, extra=[written(models, tokenizer)])
 
 
 def _with_costs(student: Path, costs: Sequence[Any]) -> Evidence:

@@ -45,12 +45,7 @@ def write_text(
     if max_new_tokens < 1 or temperature < 0:
         raise InputError(f"max_new_tokens={max_new_tokens}, temperature={temperature}; expected >= 1 and >= 0")
     network: Any
-    if isinstance(model, tuple):
-        network, tokenizer = model
-    else:
-        home = find_device(device)
-        network, tokenizer = load_teacher(model, dtype=find_dtype(dtype))
-        network.to(home)
+    network, tokenizer = model if isinstance(model, tuple) else _placed(model, device, dtype)
     ids = _ids(tokenizer, prompt, chat).to(network.device)
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
@@ -78,6 +73,12 @@ def write_text(
         "tokens_per_second": len(new) / seconds,
         "cache_bytes": cache_nbytes(out.past_key_values),
     }
+
+
+def _placed(name: str | Path, device: str, dtype: str) -> tuple[Any, Any]:
+    home = find_device(device)
+    network, tokenizer = load_teacher(name, dtype=find_dtype(dtype))
+    return network.to(home), tokenizer
 
 
 def _ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
