@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lineament._base.autocast import without_autocast
 from lineament._base.backends import widest
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
@@ -147,7 +148,7 @@ def global_field(
     if mask is not None:
         padded = ~mask.bool()[..., None, None]
         logits, value = logits.masked_fill(padded, NOTHING), value.masked_fill(padded, 0.0)
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v.device):
         share, q = logits.softmax(1), widened(q)
         if place is not None:
             q, share = cosines(q, place, theta), cosines(share, place, theta)

@@ -6,6 +6,7 @@ Under `sequence_parallel` that sum is all that travels: queries, keys and values
 import torch
 from torch import Tensor
 
+from lineament._base.autocast import without_autocast
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
 from lineament.ops.parallel.collectives import summed
@@ -42,7 +43,7 @@ def bidirectional_attention(
         [1.5, 1.5, 1.5]
     """
     q, k, v_wide, groups = _checked(phi_q, phi_k, v, mask)
-    with torch.autocast(v.device.type, enabled=False):  # autocast would take the sums in half precision
+    with without_autocast(v.device):
         values = torch.nn.functional.pad(v_wide, (0, 1), value=1.0).transpose(1, 2)  # ones: the denominator
         sums = k.permute(0, 2, 3, 1) @ values  # [B, H, F, V + 1]
         part = active()
@@ -63,7 +64,7 @@ def bidirectional_weights(phi_q: Tensor, phi_k: Tensor, *, mask: Tensor | None =
     q, k, _, groups = _checked(phi_q, phi_k, phi_k, mask)
     if active() is not None:
         raise NotImplementedError("weights ask for every rank's keys; take them on one process")
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         products = torch.einsum("bihf,bjhf->bhij", q, k.repeat_interleave(groups, dim=2))
     return products / (products.sum(-1, keepdim=True) + eps)
 

@@ -6,6 +6,7 @@ Zhang 2024 (arXiv:2401.17948). A hyper-kernel W is as large as the image; Z * W 
 import torch
 from torch import Tensor
 
+from lineament._base.autocast import without_autocast
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind
 
@@ -49,7 +50,7 @@ def centred_convolution(x: Tensor, kernel: Tensor) -> Tensor:
     """
     n = bind("x: N C X, kernel: C X", x, kernel)["X"]
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         spectrum = torch.fft.rfft(x.to(wide), 2 * n) * torch.fft.rfft(kernel.to(wide), 2 * n)
         out = torch.fft.irfft(spectrum, 2 * n)
     return out[..., n // 2 : n // 2 + n].to(x.dtype)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lineament._base.autocast import without_autocast
 from lineament._base.errors import InputError, unknown
 from lineament._base.seeds import generator
 from lineament._base.shapes import bind, check_heads
@@ -72,7 +73,7 @@ def subsampled_attention(
         _checked(name, x, [n[a] for a in ("B", "Hq", "T", "S")]) for name, x in (("mask", mask), ("bias", bias))
     )
     draw = _draw(n["T"], n["S"], mode, reduction, sigma, grid, seed, key_mask, q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if mask is None and bias is None and not causal and draw.plain:
             out = _attend(_blocks(q, draw.targets), _blocks(k, draw.sources), _blocks(v, draw.sources))
         else:

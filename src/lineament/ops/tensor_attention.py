@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lineament._base.autocast import without_autocast
 from lineament._base.errors import InputError
 from lineament._base.shapes import bind, check_heads
 
@@ -63,7 +64,7 @@ def tensor_attention(
     q, *rest = (_by_head(x.to(dtype), n["Hq"]) for x in (q, *keys, *values))
     keys, values = rest[: len(keys)], rest[len(keys) :]
     real = None if key_mask is None else key_mask.bool().repeat_interleave(n["Hq"], 0)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         pairs = _all(keys, values, real) if windows is None else _banded(keys, values, real, windows)
         out = _over(q, pairs, causal and windows is None)
     return out.unflatten(0, (n["B"], n["Hq"])).transpose(1, 2).to(given)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lineament._base.autocast import without_autocast
 from lineament._base.errors import InputError, unknown
 from lineament.ops.tensor_attention import check_combination
 
@@ -61,7 +62,7 @@ def polynomial_tensor_attention(
     if key_mask is not None:  # what padding holds must not come in, not even times zero
         keys = [k.masked_fill(~key_mask.bool()[..., None, None], 0.0) for k in keys]
     left, maps = _mapped(q, keys, degree, method, radius)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         sums = [phi.transpose(-1, -2) @ v for phi, v in zip(maps, _with_ones(values, left, key_mask), strict=True)]
         both = left @ reduce(torch.mul, sums).repeat_interleave(n["Hq"] // n["H"], 1)  # [B, Hq, T, V + 1]
     return _normalised(both, sums, degree).to(q.dtype)
@@ -100,7 +101,7 @@ def polynomial_tensor_scan(
     zero = left.new_zeros(n["B"], n["H"], left.shape[-1], n["V"] + 1)
     sums = (zero,) * len(keys) if state is None else state.sums
     out = []
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         for at in range(0, n["T"], chunk):
             cut = slice(at, at + chunk)
             added = [phi[:, :, cut, :, None] * v[:, :, cut, None] for phi, v in zip(maps, ones, strict=True)]
@@ -233,7 +234,7 @@ def _mapped(q, keys, degree, method, radius) -> tuple[Tensor, list[Tensor]]:
     plan = _monomials(q.shape[-1], degree)
     dtype = torch.promote_types(q.dtype, torch.float32)
     c = _coefficients(_radius(q, keys, radius), degree, method)[..., plan.degree.to(q.device)]
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         left = _powers(q.to(dtype), plan) * (c * plan.count.to(q.device)).to(dtype)
         maps = [_powers(k.to(dtype), plan).transpose(1, 2) for k in keys]
     return left.transpose(1, 2), maps
