@@ -52,3 +52,6 @@ def test_pieces_make_up_the_text(spaced, bytewise):
     smile = pieces(bytewise, bytewise("a😀b")["input_ids"])
     assert (smile[0], smile[-2], smile[-1]) == ("a", "😀", "b")
     assert pieces(spaced, []) == []
+    for tokenizer in (spaced, bytewise):  # longer than what a token is decoded with
+        long = " ".join([said] * 9)
+        assert "".join(pieces(tokenizer, tokenizer(long, add_special_tokens=False)["input_ids"])) == long

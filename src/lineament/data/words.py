@@ -28,15 +28,22 @@ def going_on(tokenizer: Any, text: str, word: str) -> list[int]:
     return found
 
 
+BEHIND = 16  # tokens that a token is decoded with; no character is spread over more
+
+
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return what each token adds to the text of those before it; spaces in front are kept.
 
     A token that completes no character is shown as it decodes alone.
     """
-    found, before = [], ""
+
+    def text(start: int, stop: int) -> str:
+        return tokenizer.decode(list(ids[start:stop]), clean_up_tokenization_spaces=False) if stop > start else ""
+
+    found = []
     for i, one in enumerate(ids):
-        text = tokenizer.decode(list(ids[: i + 1]), clean_up_tokenization_spaces=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False)))
-        found.append(text[same:] or tokenizer.decode([one]))
-        before = text
+        start = max(0, i - BEHIND)
+        before, now = text(start, i), text(start, i + 1)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False)))
+        found.append(now[same:] or tokenizer.decode([one]))
     return found

@@ -125,10 +125,10 @@ def dashboard(
     """
     d, windows, device = at.dictionary, windows.cpu(), next(model.parameters()).device
     active: list[tuple[Tensor, Tensor]] = []
-    pieces = windows.split(rows)
+    batches = windows.split(rows)
     if activations is not None and not torch.equal(activations.windows(len(windows)), windows):
         raise InputError("the cached activations are of other windows; pass the first ones of `activations.windows`")
-    for done, ids in enumerate(pieces):
+    for done, ids in enumerate(batches):
         with torch.no_grad():
             if activations is None:
                 x = values_at(model, {"input_ids": ids.to(device)}, [at.reads], stop=True)[at.reads]
@@ -138,7 +138,7 @@ def dashboard(
         z[:, 0] = 0
         active.append((z.flatten(0, 1).cpu(), index.flatten(0, 1).cpu()))
         if said:
-            said("reading texts", done + 1, len(pieces))
+            said("reading texts", done + 1, len(batches))
     widest = max(z.shape[1] for z, _ in active)
     z, index = (torch.cat([nn.functional.pad(x[i], (0, widest - x[i].shape[1])) for x in active]) for i in (0, 1))
     chosen = d.check(features) if features is not None else _some(z, index, d.config.features, count)
