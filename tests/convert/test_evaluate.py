@@ -1,6 +1,8 @@
 """The measurement of a student: its rows, what is said of thin evidence, and going on after an interruption."""
 
 import io
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -22,14 +24,18 @@ LENGTHS = (64, 2048)
 
 
 class Counted:
-    """Counts the forwards of models, and stops one that comes after `last`."""
+    """Counts the forwards of models and says of which, and stops one that comes after `last`."""
 
     def __init__(self, models, last=None):
-        self.calls, self.last = 0, last
-        self.hooks = [one.model.register_forward_pre_hook(self._count) for one in models]
+        self.calls, self.last, self.of = 0, last, Counter()
+        self.hooks = [
+            one.model.register_forward_pre_hook(partial(self._count, name))
+            for name, one in zip(("student", "teacher", "untrained"), models, strict=True)
+        ]
 
-    def _count(self, *_):
+    def _count(self, name, *_):
         self.calls += 1
+        self.of[name] += 1
         if self.last is not None and self.calls > self.last:
             raise KeyboardInterrupt
 
@@ -158,6 +164,21 @@ def test_other_arguments_start_anew(models, texts, tmp_path):
         measured(models, texts, tmp_path, **few)
         weight[0, 0] -= 1
     assert counted.calls
+
+
+def test_a_teacher_is_measured_once_for_all_its_students(models, texts, tmp_path):
+    few = {"lengths": (64,), "prompts": 0, "tokens": 128}
+    first = measured(models, texts, tmp_path, **few)
+    weight = models[0].lm_head.weight
+    with torch.no_grad():
+        weight[0, 0] += 1
+    with Counted(models) as counted:
+        second = measured(models, texts, tmp_path, **few)
+    with torch.no_grad():
+        weight[0, 0] -= 1
+    assert (counted.of["teacher"], counted.of["untrained"]) == (1, 0)  # one window read by both for their agreement
+    assert second.rows[0]["teacher"] == first.rows[0]["teacher"]
+    assert second.rows[0]["student"] != first.rows[0]["student"]
 
 
 def test_scores_survive_numbers_that_are_none(tmp_path):

@@ -94,7 +94,8 @@ def evaluate(
             where that is fast.
         on_row: called with each row as it is measured.
         folder: keep what each model scored here as soon as it is known, and take from here what is known already of
-            these very models, texts, tokens, prompts, seed and precision. Speed is timed anew.
+            this very model on these texts, tokens, prompts, seed and precision: students that share a folder have
+            their teacher measured once. Speed is timed anew.
 
     Returns:
         Evidence whose rows have one measure each: student, teacher, ratio, interval, baselines, goal, verdict.
@@ -106,9 +107,8 @@ def evaluate(
     precision = resolve(precision, device)
     sample = next(text for one in texts.values() for text in one if text.strip())
     about = {
-        "models": [model_digest(model) for model in (student, teacher, untrained)], "texts": dict(texts),
-        "sample": token_ids(tokenizer, sample), "tokens": tokens, "prompts": prompts, "seed": seed,
-        "precision": precision,
+        "texts": dict(texts), "sample": token_ids(tokenizer, sample), "tokens": tokens, "prompts": prompts,
+        "seed": seed, "precision": precision,
     }  # fmt: skip
     scores = Scores(folder, about)
     measure = _Measure(student.eval(), teacher.eval(), tokenizer, untrained, bar=bar, seed=seed, scores=scores)
@@ -180,10 +180,16 @@ class _Measure:
         self.untrained, self.bar, self.seed, self.scores = untrained, bar, seed, scores
         self.limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self.last = learned_positions(teacher.config) or math.inf
+        kept = {} if scores.folder is None else {"student": student, "teacher": teacher, "untrained": untrained}
+        self.digests = {name: model_digest(model) for name, model in kept.items()}
 
     def fits(self, length: int) -> bool:
         """Say whether the teacher was made for contexts of that length."""
         return length <= self.limit
+
+    def _once(self, measure: str, take: Callable[[], Numbers], *names: str) -> Numbers:
+        """Take a measure that depends on the models of these names."""
+        return self.scores.once(measure, take, of=[self.digests.get(name) for name in names])
 
     def _models(self) -> dict[str, AbstractContextManager[Any]]:
         """Return every model, as a context manager that gives it or None."""
@@ -201,7 +207,8 @@ class _Measure:
         for name, context in models.items():
             with context as model:
                 if model is not None:
-                    found[name] = self.scores.once(f"{name} {measure}", partial(take, model))
+                    weights = "student" if name == "state_off" else name
+                    found[name] = self._once(f"{name} {measure}", partial(take, model), weights)
         return found
 
     def _nll(self, name: str, ids: Tensor, *, last: int | None = None, only: Sequence[str] | None = None):
@@ -271,7 +278,7 @@ class _Measure:
         for name, documents in texts.items() if self.fits(AGREEMENT_LENGTH) else ():
             ids = self._windows(documents, AGREEMENT_LENGTH, tokens // 4)
             if ids is not None:
-                found = self.scores.once(f"agreement {name}", partial(self._agreement, ids))
+                found = self._once(f"agreement {name}", partial(self._agreement, ids), *PAIR)
                 kl, top1 = float(found["kl"]), float(found["top1"])
                 yield {"measure": f"KL to teacher {name} {AGREEMENT_LENGTH}", "student": kl, "teacher": 0.0}
                 yield {"measure": f"same next token {name} {AGREEMENT_LENGTH}", "student": top1, "teacher": 1.0}

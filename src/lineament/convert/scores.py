@@ -1,9 +1,12 @@
-"""Numbers measured so far, one file for each model and measure: what was cut off goes on where it was."""
+"""Numbers measured so far, one file for each model and measure: what was cut off goes on where it was.
+
+What is known of a teacher is known beside its next student too.
+"""
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ class Scores:
 
     Args:
         folder: where they are kept; None forgets them with the object.
-        about: JSON values, all that the numbers depend on beside their names. Another `about` finds nothing.
+        about: JSON values, all that the numbers depend on beside their names and models. Another `about` finds nothing.
 
     Example:
         >>> import torch
@@ -34,11 +37,16 @@ class Scores:
         self.folder = None if folder is None else Path(folder) / asked[:16]
         self._held: dict[str, Numbers] = {}
 
-    def once(self, name: str, take: Callable[[], Numbers]) -> Numbers:
-        """Return the numbers of that name: from memory, from the folder, or taken now and kept."""
-        if name not in self._held:
-            self._held[name] = take() if self.folder is None else _from_file(self.folder / _file(name), take)
-        return self._held[name]
+    def once(self, name: str, take: Callable[[], Numbers], of: Sequence[str | None] = ()) -> Numbers:
+        """Return the numbers of that name: from memory, from the folder, or taken now and kept.
+
+        Args:
+            of: digests of the models that the numbers are about.
+        """
+        key = " ".join([name, *map(str, of)])
+        if key not in self._held:
+            self._held[key] = take() if self.folder is None else _from_file(self.folder / _file(key), take)
+        return self._held[key]
 
 
 def _from_file(path: Path, take: Callable[[], Numbers]) -> Numbers:
