@@ -1,22 +1,23 @@
-"""Convert the embedded model by our plan and by its controls, with the same budget, and put the students side by side.
+"""Convert the embedded model by our plan and by its controls, equally long, and put the students side by side.
 
-    python benchmarks/recipes.py --quick           # two minutes of training each
+    python benchmarks/recipes.py --quick           # two steps of each kind, to see that everything runs
+    python benchmarks/recipes.py --small           # ten and eight steps at 1024 tokens: two hours on two slow cores
     python benchmarks/recipes.py --budget 15min --json FILE
 
 Each control changes one thing. The constant map is a gated running mean of the far values: what a learned map must
 beat. The tuned teacher keeps every head softmax and learns the next token: what the text alone teaches. A finished
-student is kept in benchmarks/students and not made again.
+student is kept in benchmarks/students and not made again; teacher and baselines are measured once for all.
 """
 
 import argparse
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lineament import convert
+from lineament import convert, io
 from lineament.report import Evidence, machine
 
 HERE = Path(__file__).resolve().parent
@@ -38,14 +39,57 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def student(name: str, model: str, budget: str, tokens: int, prompts: int) -> Evidence:
-    """Return what a recipe's student was measured to be, making it when it is not there."""
+TRAINED: dict[str, dict[str, Any]] = {
+    "quick": {"transfer_steps": 2, "distil_steps": 2, "transfer_pool": 4},
+    "small": {"transfer_steps": 10, "distil_steps": 8, "transfer_pool": 8},
+}
+SHORT = {"transfer_lengths": (1024,), "distil_lengths": (1024,)}  # of both
+MEASURED: dict[str, dict[str, Any]] = {
+    "quick": {"lengths": (512,), "tokens": 1024, "prompts": 4},
+    "small": {"lengths": (512, 2048), "tokens": 8192, "prompts": 24},
+    "budget": {"tokens": 32768, "prompts": 200},
+}
+
+
+def student(name: str, model: str, size: str, budget: str) -> Path:
+    """Return the folder of a recipe's student, made now when it is not there."""
     plan, changes = RECIPES[name]
-    out = HERE / "students" / f"{name.replace(' ', '-').replace('+', 'and').replace(',', '')}-{budget}"
-    if (out / "evidence.json").exists():
-        return Evidence.from_json(json.loads((out / "evidence.json").read_text(encoding="utf-8")))
-    chosen = convert.plan(plan, {**changes, "evaluate_tokens": tokens, "evaluate_prompts": prompts})
-    return convert.run(model, chosen, out, budget=budget)
+    label = f"{name}-{budget if size == 'budget' else size}"
+    out = HERE / "students" / label.replace(" ", "-").replace("+", "and").replace(",", "")
+    if not out.exists():
+        steps = SHORT | TRAINED[size] if size in TRAINED else {}
+        chosen = convert.plan(plan, {"evaluate_tokens": 0, **steps, **changes})
+        convert.run(model, chosen, out, budget=budget if size == "budget" else None)
+    return out
+
+
+def measured(folder: Path, model: str, size: str) -> Evidence:
+    """Return what a student was measured to be; students share their teacher's scores."""
+    scores = HERE / "students" / f"scores-{size}"
+    return convert.evaluate_folder(folder, model, speed=False, folder=scores, **MEASURED[size])
+
+
+def show(found: Mapping[str, Evidence], trained: str) -> None:
+    """Print every recipe's ratios and answers, in brackets with its linear state switched off."""
+    kinds = {
+        row["measure"]: None
+        for one in found.values()
+        for row in one.rows
+        if row["measure"].startswith(("perplexity", "KL")) or row["measure"].partition(" ")[2].isdigit()
+    }
+    table = Table("recipe", *kinds, title=f"{trained}; ratio to the teacher or % of answers right (state off)")
+    for name, evidence in found.items():
+        rows = {row["measure"]: row for row in evidence.rows}
+        table.add_row(name, *(_cell(rows.get(kind, {})) for kind in kinds))
+    Console(width=200).print(table)
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    if row.get("student") is None:
+        return ""
+    by = row["teacher"] if row["measure"].startswith("perplexity") else 1.0
+    values = [row[key] / by for key in ("student", "state_off") if row.get(key) is not None]
+    return f"{values[0]:.4g}" + "".join(f" ({one:.4g})" for one in values[1:])
 
 
 def main() -> None:
@@ -53,24 +97,21 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="folder, Hub name, GGUF file or smollm2")
     parser.add_argument("--budget", default="15min", help="training time of each recipe")
     parser.add_argument("--only", nargs="*", choices=sorted(RECIPES), help="some of the recipes")
-    parser.add_argument("--quick", action="store_true", help="two minutes each, a small measurement")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_const", dest="size", const="quick", help="two steps of each kind")
+    sizes.add_argument("--small", action="store_const", dest="size", const="small", help="few steps, short texts")
     parser.add_argument("--json", type=Path, help="write the figures and the machine's description here")
     chosen = parser.parse_args()
-    budget, tokens, prompts = ("2min", 4096, 8) if chosen.quick else (chosen.budget, 32768, 200)
-    found = {n: student(n, chosen.model, budget, tokens, prompts) for n in chosen.only or RECIPES}
-    measures = [row["measure"] for row in next(iter(found.values())).rows]
-    table = Table("measure", *found, title=f"{budget} each; ratio to the teacher, or answer tokens right")
-    for measure in measures:
-        cells = []
-        for evidence in found.values():
-            row = next((one for one in evidence.rows if one["measure"] == measure), {})
-            value = row.get("ratio", row.get("student"))
-            cells.append("" if value is None else f"{value:.4g}")
-        table.add_row(measure, *cells)
-    Console(width=200).print(table)
-    if chosen.json:
-        result = {"machine": machine(), "budget": budget, "recipes": {n: e.to_json() for n, e in found.items()}}
-        chosen.json.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    size = chosen.size or "budget"
+    steps = TRAINED.get(size)
+    trained = f"{steps['transfer_steps']} and {steps['distil_steps']} steps each" if steps else f"{chosen.budget} each"
+    found: dict[str, Evidence] = {}
+    for name in chosen.only or RECIPES:
+        found[name] = measured(student(name, chosen.model, size, chosen.budget), chosen.model, size)
+        show(found, trained)
+        if chosen.json:
+            recipes = {name: one.to_json() for name, one in found.items()}
+            io.write_json(chosen.json, {"machine": machine(), "trained": trained, "recipes": recipes})
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def _untrained(teacher: nn.Module, student: nn.Module, plan: Plan | None) -> nn.
     from lineament.convert.parts import converted
     from lineament.models.student import build_student
 
-    if plan is None or not plan.window + plan.sinks or plan.mixer == "softmax-window":
+    if plan is None or not plan.window + plan.sinks or plan.mixer == "softmax-window" or not converted(student):
         return None
     configs = {one.layer: replace(one.config, kind="softmax-window", options={}) for one in converted(student).values()}
     return build_student(teacher, configs, share=True)
