@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+import transformers
 
 from lineament._base.errors import InputError
 from lineament.tasks import agreement, bootstrap_ratio, context_gain, gain_kept, perplexity, perplexity_by_length
@@ -27,10 +27,18 @@ def test_pieces_of_logits_change_nothing(model, chunk):
     torch.testing.assert_close(token_nll(model, TEXT, last=9, chunk=chunk), token_nll(model, TEXT)[:, -9:])
 
 
-def test_capped_logits_are_those_of_the_model():
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 8}),
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Cohere", {"logit_scale": 0.0625}),
+    ],
+)
+def test_capped_and_scaled_logits_are_those_of_the_model(family, changes):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma2Config(vocab_size=128, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5, **sizes)
-    model = Gemma2ForCausalLM(config).eval()
+    config = getattr(transformers, f"{family}Config")(vocab_size=128, num_key_value_heads=1, **sizes, **changes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         expected = model(input_ids=TEXT, use_cache=False).logits
         torch.testing.assert_close(logits_of(model, hidden_states(model, TEXT)), expected)
