@@ -37,6 +37,13 @@ def test_what_is_kept_follows_the_files_that_a_loop_calls_into(tmp_path, monkeyp
         assert importlib.import_module("caller").twice(3) == 2 * (3 + added)
 
 
+def test_a_program_without_source_files_compiles_too():
+    """As packed into one file by a freezer: code is there, the file that it names is not."""
+    space = {"__name__": "frozen"}
+    exec(compile(CALLED.format(4), "nowhere/called.py", "exec"), space)
+    assert space["number"](3) == 7
+
+
 def test_what_a_loop_writes_is_never_a_copy():
     x = torch.zeros(3, 4)
     (array,) = compiled.written(x)

@@ -53,8 +53,9 @@ def written(*tensors: Tensor) -> list[Any]:
 def _digest(function: Callable[..., Any]) -> str:
     """Name the content of a function's file and, since their names do the same, of the loops that it imports."""
     called = [x.py_func.__qualname__ for x in function.__globals__.values() if hasattr(x, "py_func")]
-    content = Path(function.__code__.co_filename).read_bytes() + " ".join(sorted(called)).encode()
-    return hashlib.sha256(content).hexdigest()[:12]
+    file = Path(function.__code__.co_filename)
+    content = file.read_bytes() if file.is_file() else function.__code__.co_code  # a frozen program has no files
+    return hashlib.sha256(content + " ".join(sorted(called)).encode()).hexdigest()[:12]
 
 
 def loop(function: Callable[..., Any], signature: tuple[Any, ...] | None = None) -> Callable[..., Any]:
