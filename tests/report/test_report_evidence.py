@@ -1,6 +1,7 @@
 """Evidence and tables: what is written comes back, and people can read it."""
 
 import dataclasses
+import io
 import json
 import os
 import platform
@@ -88,6 +89,16 @@ def test_columns_can_be_chosen_and_underscores_become_spaces():
     assert "yes" in shown
     assert "c" not in shown
     assert table([]).row_count == 0
+
+
+def test_what_stands_in_brackets_is_no_markup():
+    words = [r"\[a]", "[/b]", "[bold]", ":key:", "\\"]
+    shown = table([{"[/i]": word} for word in words], title="[/u]")
+    console = Console(file=io.StringIO(), width=100, emoji=False)
+    console.print(shown)
+    text = console.file.getvalue()
+    assert all(word in text for word in (*words, "[/i]", "[/u]"))
+    assert "\\\\" not in text
 
 
 def test_rows_of_different_kinds_stand_in_tables_of_their_own():

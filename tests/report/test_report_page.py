@@ -13,6 +13,7 @@ from lineament._base.errors import InputError
 from lineament.report import (
     Details,
     Evidence,
+    HeatText,
     Picture,
     Rows,
     Samples,
@@ -21,6 +22,8 @@ from lineament.report import (
     Tiles,
     bars,
     curve,
+    heat_image,
+    heat_text,
     heatmap,
     page,
 )
@@ -56,6 +59,24 @@ def test_many_series_and_groups_still_fit():
     curve({f"series {i}": (X, [i, i, i]) for i in range(9)}, xlabel="x", ylabel="y")
     bars({f"group {i}": {f"s{j}": float(j) for j in range(8)} for i in range(6)}, ylabel="y", log=True)
     heatmap(np.random.default_rng(0).random((30, 40)), xlabel="x", ylabel="y")
+
+
+def test_names_are_words_and_no_formulas():
+    odd = "$$ 5$ a$"  # which matplotlib can't read as a formula
+    curve({odd: (X, [1, 2, 3])}, xlabel=odd, ylabel=odd, levels={odd: 1.5})
+    curve({f"{odd}{i}": (X, [1, 2, i]) for i in range(9)}, xlabel="x", ylabel="y")
+    bars({odd: {odd: 1.0, f"{odd}2": 2.0}}, ylabel="y", levels={odd: 1.5})
+
+
+def test_one_point_and_numbers_that_are_none_are_drawn():
+    nan = float("nan")
+    curve({"one": ([1], [2.0]), "none": ([1], [nan])}, xlabel="x", ylabel="y", log="xy")
+    curve({"none": (X, [nan, nan, nan])}, xlabel="x", ylabel="y")
+    bars({"a": {"x": nan, "y": 1.0}}, ylabel="y")
+    heatmap([[nan]], xlabel="x", ylabel="y")
+    heat_text(["a", "b"], [nan, 1.0])
+    heat_image([[nan, 1.0]], image=[[0.0, 1.0]])
+    assert HeatText(["a", "b"], [nan, -2.0]).shades()[0][1].endswith(",0.000)")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class Evidence:
 
     def to_json(self) -> dict[str, Any]:
         """Return a value for `json.dumps`; numbers that JSON lacks (NaN, infinity) become null."""
-        return {key: _finite(value) for key, value in asdict(self).items()}
+        return finite(asdict(self))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any] | str) -> "Evidence":
@@ -131,9 +131,10 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
+def finite(value: Any) -> Any:
+    """Return a value of mappings and lists with None for the numbers that JSON lacks: NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -125,7 +125,7 @@ def bars(
             if len(names) * len(groups) <= 18:
                 for place, (_, height, _, high) in zip(at, found, strict=True):
                     _above(c, place, max(height, high, 0.0), cell(float(height)))
-        c.axes.set_xticks(range(len(groups)), list(groups), color=c.ink)
+        c.axes.set_xticks(range(len(groups)), list(groups), color=c.ink, parse_math=False)
         c.axes.tick_params(axis="x", length=0)
         _scale(c, "y" if log else "")
         c.axes.margins(y=0.14)
@@ -252,7 +252,7 @@ def _name_ends(c: Canvas, ends: list[tuple[str, float, float, str]]) -> None:
         up = (placed[index] + shift - heights[index]) * 72 / c.figure.dpi
         c.axes.annotate(
             name, (1, y), (6, up), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
-            color=colour, fontsize=9, fontweight="bold", annotation_clip=False,
+            color=colour, fontsize=9, fontweight="bold", annotation_clip=False, parse_math=False,
         )  # fmt: skip
 
 

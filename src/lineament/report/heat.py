@@ -1,5 +1,6 @@
 """Relevance to look at: words and pictures coloured by how much speaks for and against."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,18 @@ class HeatText:
 
     def shades(self) -> list[tuple[str, str, str]]:
         """Return (word, CSS colour, number in words) of each word."""
-        most = max((abs(x) for x in self.values), default=0.0) or 1.0
         found = []
-        for token, x in zip(self.tokens, self.values, strict=True):
+        for token, x, share in zip(self.tokens, self.values, _shares(self.values), strict=True):
             red, green, blue = (int((FOR if x >= 0 else AGAINST)[i : i + 2], 16) for i in (1, 3, 5))
-            found.append((token, f"rgba({red},{green},{blue},{0.75 * abs(x) / most:.3f})", f"{x:+.4g}"))
+            found.append((token, f"rgba({red},{green},{blue},{0.75 * share:.3f})", f"{x:+.4g}"))
         return found
+
+
+def _shares(values: Sequence[float]) -> list[float]:
+    """Return magnitudes as shares of the largest; what is no number has none."""
+    sizes = [abs(x) if math.isfinite(x) else 0.0 for x in values]
+    most = max(sizes, default=0.0) or 1.0
+    return [size / most for size in sizes]
 
 
 def heat_text(tokens: Sequence[str], values: Sequence[float], *, title: str | None = None, dark: bool = False) -> bytes:
@@ -50,20 +57,19 @@ def heat_text(tokens: Sequence[str], values: Sequence[float], *, title: str | No
         b'\\x89PNG'
     """
     shades = HeatText(tokens, values).shades()
-    lines: list[list[tuple[str, float]]] = [[]]
-    for (token, _, _), x in zip(shades, values, strict=True):
-        if sum(len(word) for word, _ in lines[-1]) + len(token) > 72 or token == "\n":
+    lines: list[list[tuple[str, float, float]]] = [[]]
+    for (token, _, _), x, share in zip(shades, values, _shares(values), strict=True):
+        if sum(len(word) for word, *_ in lines[-1]) + len(token) > 72 or token == "\n":
             lines.append([])
-        lines[-1].append((token.replace("\n", "⏎"), x))
-    most = max(abs(x) for x in values) or 1.0
+        lines[-1].append((token.replace("\n", "⏎"), x, share))
     with canvas(8.4, 0.34 * len(lines) + (0.9 if title else 0.5), dark=dark) as c:
         c.axes.set_axis_off()
         c.axes.set_xlim(0, 74)
         c.axes.set_ylim(len(lines), 0)
         for row, line in enumerate(lines):
             column = 0
-            for word, x in line:
-                ground = {"facecolor": FOR if x >= 0 else AGAINST, "alpha": 0.75 * abs(x) / most, "pad": 1.5, "lw": 0}
+            for word, x, share in line:
+                ground = {"facecolor": FOR if x >= 0 else AGAINST, "alpha": 0.75 * share, "pad": 1.5, "lw": 0}
                 c.axes.text(column, row + 0.5, word, family="DejaVu Sans Mono", fontsize=9.5, va="center", color=c.ink,
                             bbox=ground, parse_math=False)  # fmt: skip
                 column += len(word)
@@ -95,7 +101,8 @@ def heat_image(
     grid = np.asarray(values, dtype=float)
     if grid.ndim != 2 or not grid.size:
         raise InputError(f"a map of relevance needs [Y, X] values; given shape {list(grid.shape)}")
-    most = float(np.abs(grid).max()) or 1.0
+    sizes = np.abs(np.where(np.isfinite(grid), grid, 0.0))
+    most = float(sizes.max()) or 1.0
     with canvas(5.2, 5.2 * grid.shape[0] / grid.shape[1] + 0.5, dark=dark) as c:
         c.axes.set_axis_off()
         colours = LinearSegmentedColormap.from_list("relevance", [AGAINST, c.paper, FOR])
@@ -104,7 +111,7 @@ def heat_image(
             grey = grey.mean(-1) if grey.ndim == 3 else grey
             extent = (-0.5, grid.shape[1] - 0.5, grid.shape[0] - 0.5, -0.5)
             c.axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
-        alpha = 1.0 if image is None else 0.85 * np.abs(grid) / most
+        alpha = 1.0 if image is None else 0.85 * sizes / most
         shown = c.axes.imshow(grid, cmap=colours, vmin=-most, vmax=most, alpha=alpha, interpolation="nearest")
         bar = c.figure.colorbar(shown, ax=c.axes, shrink=0.85, pad=0.02)
         bar.outline.set_visible(False)  # type: ignore[operator]

@@ -57,7 +57,7 @@ class Canvas:
         handles, labels = self.axes.get_legend_handles_labels()
         if labels:
             rows_of = min(len(labels), 4)
-            self.figure.legend(
+            found = self.figure.legend(
                 handles,
                 labels,
                 loc="outside lower center",
@@ -66,6 +66,8 @@ class Canvas:
                 labelcolor=self.ink,
                 fontsize=9,
             )
+            for text in found.get_texts():
+                text.set_parse_math(False)
 
     def png(self) -> bytes:
         """Draw."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text  # never markup: what stands in brackets is data
 
 Row = Mapping[str, Any]
 
@@ -26,14 +27,15 @@ def table(rows: Sequence[Row], *, title: str | None = None, columns: Iterable[st
         1
     """
     names = list(columns) if columns is not None else columns_of(rows)
-    result = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    head = None if title is None else Text(title, style="table.title")
+    result = Table(title=head, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for name in names:
         number = numeric(rows, name)  # words make room before numbers do
         result.add_column(
-            name.replace("_", " "), justify="right" if number else "left", overflow="fold", no_wrap=number
+            Text(name.replace("_", " ")), justify="right" if number else "left", overflow="fold", no_wrap=number
         )
     for row in rows:
-        result.add_row(*(_plain(cell(row.get(name))) for name in names))
+        result.add_row(*(Text(cell(row.get(name))) for name in names))
     return result
 
 
@@ -77,7 +79,3 @@ def _number(value: float) -> str:
         return f"{value:.3g}"
     text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     return "0" if text == "-0" else text
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")  # no markup: what stands in brackets is data
