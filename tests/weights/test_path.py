@@ -186,8 +186,27 @@ def test_stale_statistics_are_seen_and_reset():
     assert len(fresh.rows()) == 11
 
 
+def test_a_loss_that_is_nan_is_no_low_barrier():
+    found = weights.Path((0.0, 0.5, 1.0), {"test": {"loss": ((1.0, 0.0), (math.nan, 0.0), (1.0, 0.0))}})
+    assert math.isnan(found.barrier)
+    assert found.peak() == 0.5
+
+
+def test_statistics_that_could_not_be_reset_leave_the_modes_alone():
+    net = nn.Sequential(nn.BatchNorm1d(2)).train()
+    with pytest.raises(ValueError, match="expected"):
+        weights.reset_batch_norm(net, [torch.zeros(3, 2, 2, 2)])
+    assert net.training
+    assert net[0].momentum == 0.1
+
+
 def test_mistakes_are_named():
     net, a, b = Quadratic(), point(0), point(1)
+    for corner in (a, {name: 2 * b[name] - a[name] for name in a}):
+        with pytest.raises(ValueError, match="lie on one line"):
+            weights.plane(net, a, b, corner, BATCH, loss=value)
+        with pytest.raises(ValueError, match="lie on one line"):
+            weights.plane(net, a, a, b, BATCH, loss=value)
     with pytest.raises(ValueError, match="three places"):
         weights.path(net, a, b, BATCH, loss=value, points=2)
     with pytest.raises(ValueError, match="not both"):

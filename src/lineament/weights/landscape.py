@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament import train
+from lineament._base.errors import InputError
 from lineament.weights.evaluate import Bound, Loss, Scorer, between, parameters_of, prediction_loss
 
 Point = Mapping[str, Tensor]
@@ -139,15 +140,20 @@ def plane(
     """Evaluate the loss on the plane through three points, u = a - origin and v = b - origin made orthogonal.
 
     Buffers are the origin's.
+
+    Raises:
+        InputError: the points lie on one line.
     """
     batches, scorer = list(batches), Scorer(model, loss)
     o, p, q = (parameters_of(model, point) for point in (origin, a, b))
     u, v = ({name: w[name] - o[name] for name in o} for w in (p, q))
     along = _dot(u, u) ** 0.5
-    across = _dot(u, v) / along
-    v = {name: x - across / along * u[name] for name, x in v.items()}
+    share = _dot(u, v) / along**2 if along else math.nan
+    v = {name: x - share * u[name] for name, x in v.items()}
     up = _dot(v, v) ** 0.5
-    places = ((0.0, 0.0), (along, 0.0), (across, up))
+    if not up > 1e-6 * along:
+        raise InputError("the three points lie on one line, which spans no plane; measure it with weights.path")
+    places = ((0.0, 0.0), (along, 0.0), (share * along, up))
     lows, highs = ([pick(p[i] for p in places) for i in (0, 1)] for pick in (min, max))
     axes = [
         torch.linspace(low - margin * (high - low), high + margin * (high - low), size, dtype=torch.float64).tolist()

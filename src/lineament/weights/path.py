@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,16 +47,18 @@ class Path:
     def rise(self, number: str = "loss", split: str | None = None) -> float:
         """Return `max_t [L(t) - ((1 - t) L(0) + t L(1))]`; for an accuracy the largest fall below that line.
 
+        NaN where a loss on the way is NaN: no barrier can be told then.
+
         Example:
             >>> Path((0.0, 0.5, 1.0), {"test": {"loss": ((1.0, 0.0), (4.0, 0.0), (3.0, 0.0))}}).rise()
             2.0
         """
-        return max(self._excess(number, split))
+        return max(self._excess(number, split), key=_height)
 
     def peak(self, number: str = "loss", split: str | None = None) -> float:
         """Return where the rise is largest."""
         excess = self._excess(number, split)
-        return self.t[max(range(len(excess)), key=excess.__getitem__)]
+        return self.t[max(range(len(excess)), key=lambda i: _height(excess[i]))]
 
     def _excess(self, number: str, split: str | None) -> list[float]:
         y = self.values(number, split)
@@ -140,6 +143,11 @@ def _places(a: Point, b: Point, through: Sequence[Point], bend: Point | None, po
         for i in range(int(piece > 0), points):
             t = i / (points - 1)
             yield (piece + t) / (len(stops) - 1), [left, right], [1 - t, t]
+
+
+def _height(excess: float) -> float:
+    """Put NaN above all numbers: it must not pass for a low barrier."""
+    return math.inf if math.isnan(excess) else excess
 
 
 def bezier(t: float) -> list[float]:

@@ -48,13 +48,15 @@ def reset_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    with torch.no_grad():
-        for batch in batches:
-            call(model, batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, training in modes:
-        module.training = training
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                call(model, batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
     return model
 
 
