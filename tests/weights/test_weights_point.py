@@ -118,6 +118,14 @@ def test_a_module_keeps_its_ties_and_buffers():
     torch.testing.assert_close(model[2].weight, before["0.weight"] + 0.5)
 
 
+def test_a_transpose_of_the_same_memory_is_no_tie():
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    net[1].weight = nn.Parameter(net[0].weight.data.T)
+    point = Point.open(net)
+    assert not point.ties
+    assert torch.equal(point["1.weight"], point["0.weight"].T)
+
+
 def test_integers_are_carried_and_must_agree():
     a, b = {"n": torch.tensor(3), "w": torch.ones(2)}, {"n": torch.tensor(4), "w": torch.ones(2)}
     assert (Point.open(a) * 0.5)["n"] == 3
@@ -239,6 +247,41 @@ def test_an_adapter_that_keeps_weights_tied_stays_tied(folder, tmp_path):
     torch.testing.assert_close(logits(folder, merged), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_two_tensors_that_a_folder_holds_are_not_tied_by_its_config(folder, tmp_path):
+    """A head trained on its own beside a config that still says it is tied: transformers keeps both, with a warning."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_teacher("llama", tie_word_embeddings=False).save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    point, model = Point.open(tmp_path / "m"), AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert not point.ties
+    assert torch.equal(point["lm_head.weight"], model.lm_head.weight)
+    assert not torch.equal(point["lm_head.weight"], point["model.embed_tokens.weight"])
+    point.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is False
+    table = Point.open(folder)["model.embed_tokens.weight"]
+    both = Point.open(folder).untie().replace({"lm_head.weight": table})
+    both.save(tmp_path / "twice", config={"tie_word_embeddings": True})
+    assert Point.open(tmp_path / "twice").ties == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_nothing_is_rounded_on_the_way():
+    a, b = (Point.open(weights(i, torch.bfloat16)) for i in range(2))
+    third = (a - b) / 3
+    renamed, changed = Point.open(third, rename={"a.": "c."}), third.replace({"b.bias": torch.zeros(7)})
+    for other in (renamed.value("c.weight"), changed.value("a.weight")):
+        assert torch.equal(other, third.value("a.weight"))
+    assert changed["a.weight"].dtype == torch.bfloat16
+
+
+def test_a_folder_and_what_it_says_stay_together(folder, tmp_path):
+    loose = Point.open(folder).untie()
+    numbers = Point.open({name: loose[name] for name in loose}, copy=False)
+    (0.5 * numbers + 0.5 * loose).save(tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_tied_names_take_one_tensor(folder):
     base = Point.open(folder)
     new = torch.ones(base.shape("lm_head.weight"))
@@ -269,6 +312,14 @@ def test_a_lora_of_another_base_is_refused(folder, tmp_path):
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(InputError, match="DoRA"):
         Point.open(tmp_path / "lora")
+    for field, found in (
+        ("alora_invocation_tokens", [1]),
+        ("use_qalora", True),
+        ("layer_replication", [[0, 1], [0, 2]]),
+    ):
+        (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | {field: found}))
+        with pytest.raises(InputError, match="is no plain LoRA"):
+            Point.open(tmp_path / "lora")
     for start in ("pissa_niter_4", "olora", "corda"):
         (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
         with pytest.raises(InputError, match=rf"starts as {start}, .* path_initial_model_for_weight_conversion"):

@@ -127,6 +127,9 @@ def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
         f"it is {kind}": kind != "LORA",
         "it is a DoRA": config.get("use_dora"),
         "it has biases of its own": config.get("lora_bias"),
+        "it acts from its invocation tokens on only (aLoRA)": config.get("alora_invocation_tokens"),
+        "it reads pooled inputs (QALoRA)": config.get("use_qalora"),
+        "its base has layers several times (layer_replication)": config.get("layer_replication"),
     }
     for what, found in odd.items():
         if found:

@@ -309,6 +309,7 @@ class Point(Mapping[str, Tensor]):
         return replace(
             like, terms=self.terms + tuple((source, _times(c, sign)) for source, c in other.terms),
             buffers=self.buffers | other.buffers, folder=self.folder or other.folder,
+            config=like.config if like.folder else {**other.config, **like.config},
             cast=self.cast if self.cast == other.cast else None,
         )  # fmt: skip
 
@@ -344,10 +345,8 @@ class Point(Mapping[str, Tensor]):
             if new.setdefault(owner, tensor) is not tensor and not torch.equal(new[owner], tensor):
                 raise InputError(f"the names tied to {owner!r} are given different tensors; untie them (point.untie())")
         specs = {n: Spec(new[n].dtype, s.shape) if n in new else s for n, s in self.specs.items()}
-        return replace(
-            self.computed(self.label, specs, [self], lambda name: new[name] if name in new else self.value(name)),
-            terms=((Source(self.label, specs, lambda name: new[name] if name in new else self[name]), 1.0),),
-        )
+        source = Source(self.label, specs, lambda name: new[name] if name in new else self.read(name), files=self.files)
+        return replace(self, terms=((source, 1.0),), cast=None)
 
     def untie(self) -> "Point":
         """Give tied names tensors of their own; the saved config says so."""

@@ -87,10 +87,11 @@ def open_named(name: str | Path, *, rename: Mapping[str, str] | None = None, **o
 
 def _of_module(model: nn.Module, copy: bool) -> Point:
     state = model.state_dict()
-    owners: dict[tuple[int, torch.Size], str] = {}
+    owners: dict[tuple[Any, ...], str] = {}
     ties = {}
     for name, tensor in state.items():
-        owner = owners.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()  # a transpose of the same memory is another tensor
+        owner = owners.setdefault(place, name) if tensor.numel() else name
         if owner != name:
             ties[name] = owner
     tensors = {name: tensor for name, tensor in state.items() if name not in ties}
@@ -138,7 +139,11 @@ def _of_files(model: Any, *, base: Any, lora: str, any_base: bool, dequantise: b
     source = replace(source, specs={n: spec for n, spec in source.specs.items() if not n.endswith(STALE)})
     source, change = packed.unpacked(source, config, dequantise)
     ties = {alias: owner for alias, owner in _ties(config, source.specs).items() if owner in source.specs}
-    return Point(((source, 1.0),), ties, buffer_names(source.specs), folder, change)
+    # transformers ties no two tensors that a folder holds with different numbers, whatever its config says
+    apart = [n for n, owner in ties.items() if n in source.specs and not torch.equal(*map(source.load, (n, owner)))]
+    tied = {alias: owner for alias, owner in ties.items() if alias not in apart}
+    point = Point(((source, 1.0),), tied, buffer_names(source.specs), folder, change)
+    return point.untie() if apart else point
 
 
 def stored(weights: io.Weights, label: str) -> Source:
@@ -179,6 +184,6 @@ def _renamed(point: Point, rename: Mapping[str, str]) -> Point:
     if len(names) < len(point.specs):
         raise InputError(f"renaming {dict(rename)} makes two tensors of {point.label} share a name")
     specs = {now: point.specs[old] for now, old in names.items()}
-    renamed = point.computed(point.label, specs, [point], lambda name: point[names[name]], told=dict(rename))
+    renamed = point.computed(point.label, specs, [point], lambda name: point.read(names[name]), told=dict(rename))
     ties = {new(alias): new(owner) for alias, owner in point.ties.items()}
     return Point(renamed.terms, ties, frozenset(map(new, point.buffers)), point.folder, point.config)
