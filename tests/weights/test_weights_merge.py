@@ -294,6 +294,13 @@ def test_fisher_weights_entries_and_regmean_fits_outputs():
     y = torch.cat([i @ net.weight.T for i, net in zip(inputs, nets, strict=True)])
     torch.testing.assert_close(found, torch.linalg.lstsq(x, y).solution.T, rtol=1e-4, atol=1e-5)
     close(merge(nets, "regmean", statistics=stats)["bias"].double(), (nets[0].bias + nets[1].bias) / 2)
+    mean = ((nets[0].weight + nets[1].weight) / 2).detach()
+    seen = (torch.arange(4) != 2).float()
+    dead, nothing = ([{"weight": stat["weight"] * x * x[:, None]} for stat in stats] for x in (seen, 0 * seen))
+    found = merge(nets, "regmean", statistics=dead)["weight"]
+    close(found[:, 2], mean[:, 2])  # an input that nobody ever saw
+    assert not torch.allclose(found[:, 1], mean[:, 1], rtol=1e-3)
+    close(merge(nets, "regmean", statistics=nothing)["weight"], mean)
 
     target = torch.zeros(3, dtype=torch.float64)
     info = [
@@ -363,10 +370,13 @@ def test_results_keep_dtype_and_integers():
         ("linear", {"weight": float("nan")}, "finite number"),
         ("linear", {"weight": True}, "finite number"),
         ("linear", {"weight": [[], 1, 1]}, "empty list"),
-        ("linear", {"weight": 1, "normalize": 3}, "expected a bool"),
+        ("linear", {"weight": 1, "normalize": 3}, "expected a true or false"),
         ("slerp", {"t": 0.5}, "expected exactly 1"),
         ("ties", {"weight": 1, "base": None}, "give base"),
         ("fisher", {}, "needs statistics"),
+        ("ties", {"weight": 1, "density": 7}, "density is 7.0; expected a share from 0 to 1"),
+        ("della", {"weight": 1, "density": 0.9}, r"density 0\.9 -/\+ epsilon 0\.15 must lie within"),
+        ("linear", {"weight": [[{"filter": 3, "value": 1}, 1], 1, 1]}, "the filter 3; expected text"),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_read(method, options, said):

@@ -309,6 +309,8 @@ def _value(key: str, scopes: Sequence[Mapping[str, Any]], default: Any, name: st
     given = (evaluate(scope[key], name, t) for scope in scopes if scope.get(key) is not None)
     value = next((value for value in given if value is not None), default)
     if value is NEEDED:
+        if all(scope.get(key) is None for scope in scopes):
+            raise InputError(f"the method needs {key}, and none is given for each model")
         raise InputError(f"{key} has no value for {name!r}; add one without a filter")
     kind = KINDS.get(key, float)
     return value if value is None or kind in (bool, str) else kind(number(value))

@@ -9,6 +9,7 @@ from lineament._base.errors import InputError
 Setting = Any
 """A number; a gradient `[0, .5, 1]` over the layers; {part of the name: setting}; or mergekit's [{filter, value}]."""
 
+_WORDS = {float: "finite number", int: "whole number", bool: "true or false", str: "word"}
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -72,6 +73,9 @@ def check_setting(setting: Setting, what: str, kind: type) -> None:
     if isinstance(setting, Mapping):
         if set(setting) <= {"value", "filter"} and "value" not in setting:
             raise InputError(f"{what} has a filter and no value: {dict(setting)}")
+        parts = [setting.get("filter")] if "value" in setting else setting
+        if odd := [part for part in parts if not isinstance(part, str | None)]:
+            raise InputError(f"{what} has the filter {odd[0]!r}; expected text, a part of tensors' names (in quotes)")
         values: Iterable[Any] = [setting["value"]] if "value" in setting else setting.values()
         for value in values:
             check_setting(value, what, kind)
@@ -86,7 +90,7 @@ def check_setting(setting: Setting, what: str, kind: type) -> None:
     allowed: dict[type, Any] = {bool: bool, float: int | float, int: int, str: str | bool}
     fits = isinstance(value, allowed[kind]) and (kind in (bool, str) or not isinstance(value, bool))
     if not fits or value != value or value in (float("inf"), -float("inf")):
-        raise InputError(f"{what} is {setting!r}; expected a {'finite number' if kind is float else kind.__name__}")
+        raise InputError(f"{what} is {setting!r}; expected a {_WORDS[kind]}")
 
 
 def layer_places(names: Iterable[str]) -> dict[str, float]:

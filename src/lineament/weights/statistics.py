@@ -44,13 +44,15 @@ def regmean_merge(
     if any(g is None for g in statistics):
         return linear(tensors, None, weight=weight, normalize=True)
     above = below = torch.zeros((), dtype=torch.float64)
+    mean = linear(tensors, None, weight=weight, normalize=True).double()
     for x, g, w in zip(tensors, statistics, weight, strict=True):
         assert g is not None
         gram = g.double()
         gram = gram * shrink + torch.diag(gram.diagonal() * (1 - shrink))
         above, below = above + w * (x.double() @ gram), below + w * gram
-    below = below + torch.eye(len(below), dtype=below.dtype) * below.diagonal().mean() * 1e-9
-    return torch.linalg.solve(below, above, left=False).float()
+    ridge = (below.diagonal().mean() * 1e-9).clamp_min(1e-30)  # inputs that were never seen keep the average
+    below = below + torch.eye(len(below), dtype=below.dtype) * ridge
+    return torch.linalg.solve(below, above + ridge * mean, left=False).float()
 
 
 def fisher(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Point:

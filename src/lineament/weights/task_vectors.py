@@ -106,11 +106,14 @@ def check_trim(options: Mapping[str, Any]) -> None:
     """Refuse shares and rescalings that are none, before a tensor is read.
 
     Raises:
-        InputError: a density below 0 or NaN, or an unknown `rescale`.
+        InputError: a density outside 0 to 1, an epsilon that leads out of it, or an unknown `rescale`.
     """
     for density in options["density"]:
-        if not density >= 0:
+        if not 0 <= density <= 1:
             raise InputError(f"density is {density}; expected a share from 0 to 1")
+    for density, epsilon in zip(options["density"], options.get("epsilon", ()), strict=False):
+        if 0 < density < 1 and not 0 < density - abs(epsilon) <= density + abs(epsilon) < 1:
+            raise InputError(f"density {density} -/+ epsilon {epsilon} must lie within (0, 1)")
     if options["rescale"] not in (True, False, "l1", "1/density", "none"):
         raise InputError(f"rescale is {options['rescale']!r}; expected l1, 1/density or none")
 
@@ -138,8 +141,6 @@ def by_rank(delta: Tensor, *, density: float, epsilon: float, generator: torch.G
     """Keep each entry with a probability that rises by its magnitude's rank within its row, `density` -/+ `epsilon`."""
     if density <= 0:
         return torch.zeros_like(delta, dtype=torch.bool)
-    if density + epsilon >= 1 or density - epsilon <= 0:
-        raise InputError(f"density {density} -/+ epsilon {epsilon} must lie within (0, 1)")
     rows = delta.reshape(len(delta) if delta.dim() > 1 else 1, -1)
     mask = torch.empty(rows.shape, dtype=torch.bool)
     step = max(1, 4 * PIECE // rows.shape[1])
