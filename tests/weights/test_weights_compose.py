@@ -117,6 +117,12 @@ def test_an_adapter_is_a_task_vector():
     vector = Point.open({"weight": b @ a})
     composed = Composed(base, [vector])
     x = torch.randn(3, 6)
+    with torch.no_grad():
+        composed.coefficients.fill_(0.5)
+    found = composed.point()  # the bias, which the vector lacks, is the base's
+    torch.testing.assert_close(found["weight"], base.weight.detach() + 0.5 * b @ a)
+    assert torch.equal(found["bias"], base.bias)
+    torch.nn.init.zeros_(composed.coefficients)
     composed(x).square().sum().backward()
     grad = 2 * base(x).T @ x
     assert float(composed.coefficients.grad) == pytest.approx(float((b.T @ grad @ a.T).trace()), rel=1e-4)

@@ -91,6 +91,12 @@ def test_clipping_spares_the_levels_from_outliers():
     )[1:].norm() / 5
 
 
+@pytest.mark.parametrize("clip", [-0.1, 0.5, 1.5, float("nan")])
+def test_a_clip_that_leaves_nothing_is_refused(clip):
+    with pytest.raises(InputError, match="from 0 to below"):
+        quantise(torch.randn(10), 16, clip=clip)
+
+
 def test_a_constant_tensor_is_kept():
     assert torch.equal(dequantise(quantise(torch.full((3,), 2.5), 16), "linear"), torch.full((3,), 2.5))
 

@@ -18,6 +18,7 @@ from lineament._base.errors import InputError, unknown
 from lineament._base.seeds import generator
 from lineament.weights.geometry import dot_product
 from lineament.weights.point import Point
+from lineament.weights.signature import sparse
 
 Loss = Callable[[nn.Module, Any], Tensor]
 RULES = ("random", "gradient", "blockwise")
@@ -56,7 +57,9 @@ class Composed(nn.Module):
         super().__init__()
         known = {name: p for name, p in model.named_parameters() if fnmatchcase(name, blocks)}
         self.blocks = [name for name in known if any(name in vector for vector in vectors)]
-        if not self.blocks or parts < 1:
+        if parts < 1:
+            raise InputError(f"parts is {parts}; expected at least 1")
+        if not self.blocks:
             raise InputError(f"{len(vectors)} task vectors share no parameter with the model under {blocks!r}; "
                              "expected tuned minus base, names as in the model")  # fmt: skip
         for name in self.blocks:
@@ -104,7 +107,7 @@ class Composed(nn.Module):
         if self.parts == 1:
             for i, vector in enumerate(self.vectors):
                 table = dict(zip(self.blocks, self.coefficients[i, :, 0].tolist(), strict=True))
-                base = base + vector.scale(lambda name, table=table: table.get(name, 0.0))
+                base = base + sparse(vector).scale(lambda name, table=table: table.get(name, 0.0))
             return base
         table = self.coefficients.detach().clone()
 

@@ -92,10 +92,12 @@ def quantise(x: Tensor, levels: int, scheme: str = "linear", *, clip: float = 0.
         clip: share of outliers at each end that saturate, so that they don't waste levels.
 
     Raises:
-        InputError: an unknown scheme, or fewer than two levels (four for log).
+        InputError: an unknown scheme, fewer than two levels (four for log), or a clip of a half or more.
     """
     if scheme not in SCHEMES:
         raise unknown("scheme", scheme, SCHEMES)
+    if not 0 <= clip < 0.5:
+        raise InputError(f"clip is {clip}; expected a share of outliers at each end, from 0 to below 0.5")
     if levels < (4 if scheme == "log" else 2):
         raise InputError(f"levels is {levels}; expected at least {4 if scheme == 'log' else 2}")
     x = x.double()
@@ -129,11 +131,16 @@ def save_signature(
 
     Returns:
         Bytes of the file and of the same tensors in float32, and bits per number in the file, headers included.
+
+    Raises:
+        InputError: as `quantise`, or its settings without levels.
     """
+    if levels is None and (scheme != "linear" or clip):
+        raise InputError(f"scheme {scheme} and clip {clip:g} are of quantised signatures; give levels (--levels 16)")
     tensors, told = {}, {"scheme": scheme if levels else "float", "lineament": "signature"}
     for name, spec in signature.specs.items():
         x = signature.value(name)
-        if levels:
+        if levels is not None:
             tensors |= {f"{name}#{key}": value for key, value in quantise(x, levels, scheme, clip=clip).items()}
         else:
             tensors[name] = x.to(spec.dtype)
