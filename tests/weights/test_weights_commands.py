@@ -98,6 +98,21 @@ models:
     assert '"merge_method": "ties"' in card
 
 
+def test_a_weight_that_is_not_said_is_one_and_set_counts(here):
+    """As in the example of the command's help."""
+    merging = ["merge", "a", "b", "--base", "base", "--method", "task_arithmetic"]
+    assert run([*merging, "-o", "c"]) == 0
+    assert run([*merging, "--set", "weight=0.5", "-o", "d"]) == 0
+    assert run(["merge", "a", "b", "--method", "average", "-o", "e"]) == 0
+    for out, expected in (
+        ("c", merge(["a", "b"], "task_arithmetic", base="base", weight=1)),
+        ("d", merge(["a", "b"], "task_arithmetic", base="base", weight=0.5)),
+        ("e", merge(["a", "b"], "average")),
+    ):
+        found = Point.open(out)
+        assert all(torch.equal(found[n], expected[n]) for n in found)
+
+
 def test_layer_gradients_filters_lambda_normalize_and_dtypes(here):
     text = """
 merge_method: task_arithmetic
@@ -234,6 +249,47 @@ tokenizer:
     torch.testing.assert_close(e[-1], e[: len(ids)].mean(0))
 
 
+def test_the_words_of_one_model_bring_what_it_says_of_them(here, other_words):
+    """Special tokens are named by number in the configs, and numbers mean other words in another model."""
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((here / "words" / name).read_text())
+        (here / "words" / name).write_text(json.dumps(told | {"eos_token_id": 7, "bos_token_id": 8}))
+    shutil.copytree((here / "a").resolve(), here / "full")
+    (here / "full" / "vocab.json").write_text("{}")
+    (here / "full" / "chat_template.jinja").write_text("{{ messages }}")
+    assert run(["merge", "full", "words", "--tokenizer", "words", "-o", "c"]) == 0
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((here / "c" / name).read_text())
+        assert (told["eos_token_id"], told["bos_token_id"]) == (7, 8)
+    assert not (here / "c" / "vocab.json").exists()  # the other tokenizer's
+    assert not (here / "c" / "chat_template.jinja").exists()
+
+
+def test_lists_of_layers_are_those_of_the_layers_taken(here, capsys):
+    told = json.loads((here / "a" / "config.json").read_text())
+    for name, kinds in (("deep", ["full", "full", "window", "window"]), ("flat", ["full"] * 3)):
+        shutil.copytree((here / "a").resolve(), here / name)
+        (here / name / "config.json").write_text(json.dumps(told | {"num_hidden_layers": len(kinds), "kinds": kinds}))
+    extra = {n.replace(".2.", ".3."): x.clone() for n, x in Point.open("a").state_dict().items() if ".2." in n}
+    (here / "deep" / "model.safetensors").unlink(missing_ok=True)
+    for file in (here / "deep").glob("model-*"):
+        file.unlink()
+    (here / "deep" / "model.safetensors.index.json").unlink(missing_ok=True)
+    save_file(Point.open("a").state_dict() | extra, here / "deep" / "model.safetensors")
+    text = """
+merge_method: passthrough
+slices:
+  - sources: [{model: flat, layer_range: [0, 2]}]
+  - sources: [{model: deep, layer_range: [2, 4]}]
+"""
+    assert run(["merge", plan(here, text), "-o", "c"]) == 0
+    found = json.loads((here / "c" / "config.json").read_text())
+    assert (found["num_hidden_layers"], found["kinds"]) == (4, ["full", "full", "window", "window"])
+    (here / "deep" / "config.json").write_text(json.dumps(told | {"num_hidden_layers": 4}))
+    assert run(["merge", plan(here, text), "-o", "d"]) == 2
+    assert "no config says kinds of layer 3 of deep" in capsys.readouterr().err
+
+
 def test_a_chat_template_is_taken_by_vote_or_given(here):
     assert run(["merge", "a", "b", "--chat-template", "{{ messages[0]['content'] }}", "-o", "c"]) == 0
     from transformers import AutoTokenizer
@@ -307,7 +363,18 @@ def test_a_dry_run_checks_everything_and_writes_nothing(here, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["memory"] == (2 + 2) * 4 * 61 * 24 + 256_000_000
     assert told["read"] > told["written"] > 0
+    for odd, said in ((["-o", "a"], "a exists"), (["-o", "c", "--shard-size", "big"], "big")):
+        assert run(["merge", "a", "b", *odd, "--dry-run"]) == 2
+        assert said in capsys.readouterr().err
     assert sorted(here.iterdir()) == before
+
+
+def test_json_is_json_where_a_number_is_none(here, capsys):
+    base = Point.open("base")
+    base.replace({"model.norm.weight": torch.zeros(24)}).save("c")
+    assert run(["diff", "c", "base", "--json", "--no-ranks"]) == 0
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert next(row for row in told["tensors"] if row["tensor"] == "model.norm.weight")["angle"] is None
 
 
 def test_diff_tells_distance_angle_and_rank(here, capsys):
@@ -397,6 +464,16 @@ MERGE = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {mo
         (MERGE + "chat_template: alpacka\n", "'alpacka' is not known by name"),
         (MERGE.replace("model: a", "model: {model: a, lora: x, revision: y}"), "has revision"),
         ("[1, 2]", "holds no mapping"),
+        (MERGE.replace("{weight: 1}", "[weight]"), "the parameters of a are ['weight']; expected a mapping"),
+        (MERGE + "parameters: {weight: [{filter: 3, value: 1}, 1]}\n", "the filter 3; expected text"),
+        (MERGE + "tokenizer: {tokens: [w1]}\n", "tokens of the tokenizer is ['w1']; expected a mapping"),
+        (MERGE + "tokenizer: {tokens: {1: {source: a}}}\n", "expected a mapping of tokens (text)"),
+        (MERGE + "tokenizer: {tokens: {w1: {force: maybe}}}\n", "force of the token 'w1' is 'maybe'"),
+        (
+            MERGE + "tokenizer: {tokens: {w1: {source: {kind: model_token, model: a, token_id: x}}}}\n",
+            "token_id that is no whole number",
+        ),
+        *((MERGE + f"tokenizer: {{pad_to_multiple_of: {n}}}\n", "of at least 1") for n in ("x", 0, -8, 2.5, [8])),
         ("a: [", "not valid YAML"),
         (MERGE.replace("model: a", "model: nowhere/to/be"), "does not exist"),
     ],
@@ -548,7 +625,15 @@ def test_signatures_from_the_command_line(here, capsys):
     a, patched, clean = (Point.open(n) for n in ("a", "patched", "clean"))
     assert all(torch.equal(a[n], clean[n]) for n in a)
     assert {n for n in a if not torch.equal(a[n], patched[n])} == {n for n in a if n.startswith("model.layers.0.")}
-    capsys.readouterr()
+    whole = (here / "s.safetensors").read_bytes()
+    for command in (
+        ["quantise", "s.safetensors"], ["combine", "s.safetensors"], ["extract", "base", "a", "b"],
+    ):  # fmt: skip
+        assert run(["signature", *command, "-o", "s.safetensors"]) == 2
+        assert "s.safetensors exists" in capsys.readouterr().err
+    assert (here / "s.safetensors").read_bytes() == whole
+    assert run(["signature", "extract", "base", "a", "b", "--scheme", "log", "-o", "t.safetensors"]) == 2
+    assert "give levels" in capsys.readouterr().err
     assert run(["signature", "remove", "a", "-o", "other"]) == 2
     assert "no signature was applied" in capsys.readouterr().err
 

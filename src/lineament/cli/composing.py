@@ -60,7 +60,7 @@ def extract(
     base: Annotated[str, typer.Argument(help="What both others were tuned from.")],
     clean: Annotated[str, typer.Argument(help="Tuned on clean data.")],
     corrupted: Annotated[str, typer.Argument(help="Tuned on corrupted data, otherwise the same.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="A .safetensors file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A .safetensors file; must not exist.")],
     keep: Annotated[list[str] | None, typer.Option(help="Globs of the tensors to keep, the first layers say.")] = None,
     levels: Annotated[int | None, typer.Option(help="Quantise to so many levels; 16 are 4 bits.")] = None,
     scheme: Annotated[str, typer.Option(help="linear, log or tanh.")] = "linear",
@@ -71,9 +71,11 @@ def extract(
 
     Example: lineament signature extract base clean noisy --keep 'model.layers.0.*' --levels 16 -o noise.safetensors
     """
+    from lineament.cli.messages import require_new
     from lineament.weights import signature as room
     from lineament.weights.sources import open_named
 
+    require_new(out)
     found = room.extract(*map(open_named, (base, clean, corrupted)), keep=keep or ["*"])
     _said(room.save_signature(found, out, levels=levels, scheme=scheme, clip=clip), out, json)
 
@@ -88,8 +90,10 @@ def quantise(
     json: Json = False,
 ) -> None:
     """Store a signature in few bits. Example: lineament signature quantise noise.safetensors -o small.safetensors"""
+    from lineament.cli.messages import require_new
     from lineament.weights import signature as room
 
+    require_new(out)
     _said(room.save_signature(room.load_signature(source), out, levels=levels, scheme=scheme, clip=clip), out, json)
 
 
@@ -102,8 +106,10 @@ def combine(
 ) -> None:
     """Add signatures up. Example: lineament signature combine blur.safetensors noise.safetensors -o both.safetensors"""
     from lineament._base.errors import InputError
+    from lineament.cli.messages import require_new
     from lineament.weights import signature as room
 
+    require_new(out)
     if weight and len(weight) != len(sources):
         raise InputError(
             f"--weight was given {len(weight)} times for {len(sources)} signatures; expected one per signature"

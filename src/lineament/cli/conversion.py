@@ -9,6 +9,7 @@ Model = Annotated[
     str, typer.Argument(help="A folder, a Hub name, a GGUF file, or the word smollm2 (embedded default).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="field=value: change one field of the plan.")]
 Work = Annotated[
     Path | None, typer.Option(help="Folder for what is finished; FILE.partial of the first file written unless said.")
 ]
@@ -26,7 +27,7 @@ def convert(
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Training time, e.g. 15min or 1h; else the plan's steps.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Text: a known name, a file, a folder or hub:NAME.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value: change one field of the plan.")] = None,
+    set_: Changes = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from OUT.partial when it is there.")] = True,
     dtype: Annotated[
@@ -41,14 +42,11 @@ def convert(
     """
     from lineament import convert as room
     from lineament._base.errors import InputError
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import name_and_value, print_json, quiet, show
     from lineament.convert.stages import is_main
 
     quiet()
-    changes: dict[str, str] = {}
-    for pair in set_ or []:
-        name, _, value = pair.partition("=")
-        changes[name] = value
+    changes = dict(name_and_value(pair, "set") for pair in set_ or [])
     fields = {"keep": keep, "data": ",".join(data) if data else None, "seed": None if seed is None else str(seed)}
     changes |= {name: value for name, value in fields.items() if value is not None}
     if plan == "encoder":
@@ -97,6 +95,7 @@ def inspect(
     model: Model,
     plan: Annotated[str, typer.Option(help="The plan whose replacement is shown.")] = "default",
     context: Annotated[list[int] | None, typer.Option(help="Context lengths for the bytes of the cache.")] = None,
+    set_: Changes = None,
     json: Json = False,
 ) -> None:
     """Show layers, what would be replaced, parameters, memory, and cache bytes against context. Loads no weights.
@@ -104,10 +103,11 @@ def inspect(
     Example: lineament inspect smollm2 --context 32768
     """
     from lineament import convert as room
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import name_and_value, print_json, quiet, show
 
     quiet()
-    found = room.inspect(model, room.plan(plan), contexts=tuple(context or (2048, 8192, 32768)))
+    changes = dict(name_and_value(pair, "set") for pair in set_ or [])
+    found = room.inspect(model, room.plan(plan, changes), contexts=tuple(context or (2048, 8192, 32768)))
     if json:
         print_json(found.to_json())
     else:

@@ -57,7 +57,8 @@ def merge(
     Work happens in OUT.partial; OUT appears complete or not at all, and the same command goes on after an interruption.
     Example: lineament merge tuned-a tuned-b --base smollm2 --method ties --density 0.5 -o merged
     """
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import name_and_value, print_json, quiet, require_new, show
+    from lineament.io import parse_bytes
     from lineament.weights import assemble
 
     quiet()
@@ -65,10 +66,13 @@ def merge(
         _check_heeded(context)
         return _extract(models, base, out, extract_lora, dry_run, json, any_base=any_base, dequantise=dequantise)
     recipe = _recipe(models, method, base, weight, density, set_, dtype, tokenizer, chat_template)
-    recipe = replace(recipe, missing=missing, rename=dict(_option(pair, "rename") for pair in rename or []))
+    recipe = replace(recipe, missing=missing, rename=dict(name_and_value(pair, "rename") for pair in rename or []))
     prepared = assemble.prepare(recipe, seed=seed, any_base=any_base, dequantise=dequantise, untie=untie)
     costs = prepared.costs()
-    if not dry_run:
+    if dry_run:
+        require_new(out)
+        parse_bytes(shard_size)
+    else:
         with _bytes(costs["written"], "merge") as progress:
             assemble.run_recipe(
                 recipe, out, prepared=prepared, max_shard_size=shard_size, progress=progress, resume=resume
@@ -85,6 +89,8 @@ def _recipe(
     set_: list[str] | None, dtype: str | None, tokenizer: str | None, chat_template: str | None,
 ) -> Any:  # fmt: skip
     from lineament._base.errors import InputError
+    from lineament.cli.messages import name_and_value
+    from lineament.weights.methods import METHODS, NEEDED
     from lineament.weights.recipe import read_recipe
 
     given = {"merge_method": method, "base_model": base, "dtype": dtype, "tokenizer_source": tokenizer,
@@ -97,13 +103,13 @@ def _recipe(
         return read_recipe(models[0])
     parameters: dict[str, Any] = {}
     for pair in set_ or []:
-        name, value = _option(pair, "set")
+        name, value = name_and_value(pair, "set")
         parameters[name] = _value(value)
     parts: list[dict[str, Any]] = [{"model": name, "parameters": {}} for name in models]
     others = [part for part in parts if part["model"] != base]
     method = given.setdefault("merge_method", "linear")
-    if weight is None and method in ("linear", "nuslerp", "multislerp"):
-        weight = [1.0]
+    if method in METHODS and METHODS[method].each.get("weight") is NEEDED:  # other names are refused when it is read
+        parameters.setdefault("weight", 1.0)
     for option, values in (("weight", weight), ("density", density)):
         if values and len(values) not in (1, len(others)):
             raise InputError(
@@ -112,15 +118,6 @@ def _recipe(
         for part, value in zip(others, (values or []) * (len(others) if len(values or []) == 1 else 1), strict=False):
             part["parameters"][option] = value
     return read_recipe({**given, "models": parts, "parameters": parameters})
-
-
-def _option(pair: str, option: str) -> tuple[str, str]:
-    from lineament._base.errors import InputError
-
-    name, equals, value = pair.partition("=")
-    if not equals or not name:
-        raise InputError(f"--{option} {pair!r} is not understood; expected NAME=VALUE")
-    return name, value
 
 
 def _value(text: str) -> Any:
@@ -197,7 +194,7 @@ def diff(
     picture: Annotated[
         Path | None, typer.Option(help="Write a heatmap (PNG) of layers and kinds of tensors here.")
     ] = None,
-    top: Annotated[int, typer.Option(help="How many tensors to list, the most moved first.")] = 20,
+    top: Annotated[int, typer.Option(min=0, help="How many tensors to list, the most moved first.")] = 20,
     json: Json = False,
 ) -> None:
     """Compare two models layer by layer: distance, angle, and how many directions the difference has.

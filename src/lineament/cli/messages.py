@@ -6,11 +6,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from lineament._base.errors import InputError, LineamentError
 
-STDOUT = Console(soft_wrap=True)
+STDOUT = Console(soft_wrap=True, emoji=False)  # ":key:" in a text is text
 
 
 def describe(error: Exception) -> tuple[int | None, str]:
@@ -47,13 +46,18 @@ def print_json(value: Any) -> None:
 
 
 def _json_text(value: Any) -> str:
-    return json.dumps(value, indent=2, default=str)
+    try:
+        return json.dumps(value, indent=2, default=str, allow_nan=False)
+    except ValueError:  # NaN and infinity, which no other reader of JSON takes, become null
+        from lineament.report.evidence import finite
+
+        return json.dumps(finite(value), indent=2, default=str, allow_nan=False)
 
 
 def show(*parts: Any) -> None:
     """Print text or rich tables on stdout, for people. Text is taken literally, brackets too."""
     for part in parts:
-        STDOUT.print(escape(part) if isinstance(part, str) else part)
+        STDOUT.print(part, markup=False)
 
 
 def answer(
@@ -98,11 +102,23 @@ def work_folder(work: Path | None, *written: Path | None) -> Path | None:
     return work or (None if first is None else partial_path(first))
 
 
+def name_and_value(pair: str, option: str) -> tuple[str, str]:
+    """Take NAME=VALUE of an option apart.
+
+    Raises:
+        InputError: it is none.
+    """
+    name, equals, value = pair.partition("=")
+    if not equals or not name:
+        raise InputError(f"--{option} {pair!r} is not understood; expected NAME=VALUE")
+    return name, value
+
+
 def require_new(out: Path) -> None:
-    """Refuse a folder that is there already, before any work is done.
+    """Refuse a folder or file that is there already, before any work is done.
 
     Raises:
         InputError: it exists.
     """
     if out.exists():
-        raise InputError(f"{out} exists; give a folder that does not")
+        raise InputError(f"{out} exists; give a name that does not")

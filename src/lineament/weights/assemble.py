@@ -19,6 +19,11 @@ from lineament.weights.vocabulary import Vocabulary, build_vocabulary, load_toke
 from lineament.weights.write import Rounded, merge_card, write_point
 
 MISSING = ("refuse", "base", "skip")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
+    "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+GENERAL = ("architectures", "eos_token_id")  # lists that are none of layers, however many these are
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -71,7 +76,7 @@ def prepare(
     tasks, layers = _tasks(recipe, opened, stack)
     point = merged(tasks, recipe.method, like, seed=seed)
     if layers is not None:
-        point = replace(point, config={**point.config, **_depth(like, layers)})
+        point = replace(point, config={**point.config, **_depth(like, opened, layers)})
     templates = tuple(_template(opened[name]) for name in opened)
     most = max(len(task.inputs) + (task.base is not None) for task in tasks.values())
     notes = (*recipe.notes, *_notes(recipe, opened), *_lacking(recipe, opened))
@@ -105,7 +110,7 @@ def _check_alike(recipe: Recipe, opened: Mapping[str, Point]) -> None:
 
 def _tasks(
     recipe: Recipe, opened: Mapping[str, Point], stats: Mapping[str, Point]
-) -> tuple[dict[str, Task], list[int] | None]:
+) -> tuple[dict[str, Task], list[tuple[str, int]] | None]:
     """Lay the slices out: what belongs to no layer from the first slice before, from the last one after the layers."""
     tasks: dict[str, Task] = {}
     sliced = any(part.layers for one in recipe.slices for part in one.sources)
@@ -124,7 +129,7 @@ def _tasks(
         for step in range(count):
             t = step / (count - 1) if count > 1 else 1.0
             heads = [f"{stack}{part.layers[0] + step}." if part.layers else stack for part in one.sources]
-            taken.append(int(heads[0].removeprefix(stack)[:-1]))
+            taken.append((one.sources[0].model, int(heads[0].removeprefix(stack)[:-1])))
             first = opened[one.sources[0].model].specs
             inner = [n.removeprefix(heads[0]) for n in first if n.startswith(heads[0])]
             if not inner:
@@ -214,20 +219,23 @@ def _stack(point: Point) -> str:
     return found.pop()
 
 
-def _depth(like: Point, layers: list[int]) -> dict[str, Any]:
-    """Change what a config says of the layers: their number, and lists with one entry per layer."""
+def _depth(like: Point, opened: Mapping[str, Point], layers: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """Change what a config says of layers, given as (model, number): how many, and lists with one entry for each."""
     if like.folder is None:
         return {}
     config = io.read_json(like.folder / "config.json")
     key = next((key for key in DEPTHS if key in config), None)
     if key is None:
         raise InputError(f"{like.folder}/config.json does not say how many layers there are; slices can't be laid out")
-    lists = {
-        k: [v[i] for i in layers if i < len(v)]
-        for k, v in config.items()
-        if isinstance(v, list) and len(v) == config[key]
-    }
-    return {key: len(layers), **lists}
+    folders = {model: opened[model].folder or like.folder for model, _ in layers}
+    configs = {model: io.read_json(folder / "config.json") for model, folder in folders.items()}
+    changes: dict[str, Any] = {key: len(layers)}
+    for name in (k for k, v in config.items() if isinstance(v, list) and len(v) == config[key] and k not in GENERAL):
+        each = [(model, i, configs[model].get(name) or config[name]) for model, i in layers]
+        if lacking := [f"layer {i} of {model}" for model, i, told in each if i >= len(told)]:
+            raise InputError(f"no config says {name} of {listed(lacking)}; slices can't be laid out")
+        changes[name] = [told[i] for _, i, told in each]
+    return changes
 
 
 def _template(point: Point) -> str:
@@ -279,7 +287,12 @@ def run_recipe(
 
     def finish(partial: Path) -> None:
         if prepared.vocabulary is not None:
+            for name in TOKENIZER:  # the first model's own would stand beside those of the new one
+                (partial / name).unlink(missing_ok=True)
             prepared.vocabulary.tokenizer.save_pretrained(partial)
+            if (file := partial / "generation_config.json").is_file():
+                told = prepared.vocabulary.special_ids() | prepared.vocabulary.special_ids(file.name)
+                io.write_json(file, io.read_json(file) | told)
         if template:
             tokenizer = load_tokenizer(partial)
             tokenizer.chat_template = template

@@ -9,7 +9,7 @@ import torch
 
 from lineament._base.errors import InputError, near_miss
 from lineament.weights.merge import find_method
-from lineament.weights.methods import KINDS, METHODS
+from lineament.weights.methods import ALIASES, KINDS, METHODS
 from lineament.weights.settings import check_setting
 
 Parameters = Mapping[str, Any]
@@ -88,11 +88,12 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     method = source.get("merge_method")
     if method is None:
         raise InputError(f"the plan has no merge_method; expected one of {', '.join(METHODS)}")
-    find_method(str(method))
+    preset = ALIASES[method]() if method in ALIASES else {"method": str(method)}
+    find_method(method := preset.pop("method"))
     modules = source.get("modules")
     if sum(bool(source.get(key)) for key in ("models", "slices", "modules")) != 1:
         raise InputError("the plan must have exactly one of models, slices and modules, and it must not be empty")
-    body, outer = source, _parameters(source.get("parameters"), "the plan")
+    body, outer = source, {**preset, **_parameters(source.get("parameters"), "the plan")}
     if modules:
         if not isinstance(modules, Mapping) or len(modules) != 1:
             names = ", ".join(modules) if isinstance(modules, Mapping) else repr(modules)
@@ -108,14 +109,14 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     _fields(tokenizer, "tokenizer", "tokenizer")
     slices = _slices(body)
     used = [outer, *(p for one in slices for p in (one.parameters, *(part.parameters for part in one.sources)))]
-    row = METHODS[str(method)]
+    row = METHODS[method]
     idle = sorted({name for group in used for name in group if name not in row.each and name not in row.shared})
     wanted = tokenizer.get("source", "union") if tokenizer else source.get("tokenizer_source")
     return Recipe(
-        method=str(method), slices=slices, base=_optional(source.get("base_model"), _model_name), parameters=outer,
+        method=method, slices=slices, base=_optional(source.get("base_model"), _model_name), parameters=outer,
         dtype=_dtype(source.get("out_dtype") or source.get("dtype")),
         tokenizer_source=wanted if wanted in ("union", "base", None) else _model_name(wanted),
-        tokens=_tokens(tokenizer.get("tokens")), pad_to=tokenizer.get("pad_to_multiple_of"),
+        tokens=_tokens(tokenizer.get("tokens")), pad_to=_optional(tokenizer.get("pad_to_multiple_of"), _multiple),
         chat_template=_optional(source.get("chat_template"), str),
         notes=(f"{method} has no use for {', '.join(idle)}: ignored",) if idle else (), text=dict(source),
     )  # fmt: skip
@@ -146,13 +147,16 @@ def _fields(given: Any, kind: str, where: str) -> None:
 
 
 def _parameters(given: Any, where: str) -> dict[str, Any]:
-    for name, value in dict(given or {}).items():
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise InputError(f"the parameters of {where} are {given!r}; expected a mapping of options and values")
+    for name, value in given.items():
         if name not in KNOWN_OPTIONS:
             raise InputError(f"the parameters of {where} have {name!r}, which no merge method knows."
                              f"{near_miss(name, KNOWN_OPTIONS)}")  # fmt: skip
         if value is not None:
             check_setting(value, f"{name} of {where}", KINDS.get(name, float))
-    return dict(given or {})
+    return dict(given)
 
 
 def _slices(body: Mapping[str, Any]) -> tuple[Slice, ...]:
@@ -223,10 +227,21 @@ def _dtype(given: Any) -> torch.dtype | None:
     return DTYPES[str(given)]
 
 
+def _multiple(given: Any) -> int:
+    if type(given) is not int or given < 1:
+        raise InputError(f"pad_to_multiple_of is {given!r}; expected a whole number of at least 1")
+    return given
+
+
 def _tokens(given: Any) -> dict[str, dict[str, Any]]:
     found = {}
-    for token, how in (given or {}).items():
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or not all(isinstance(token, str) for token in given):
+        raise InputError(f"tokens of the tokenizer is {given!r}; expected a mapping of tokens (text) to their sources")
+    for token, how in given.items():
         _fields(how, "token", f"the token {token!r}")
+        if type(how.get("force", False)) is not bool:
+            raise InputError(f"force of the token {token!r} is {how['force']!r}; expected true or false")
         source = how.get("source")
         if isinstance(source, Mapping) and "kind" in source:
             _fields(source, "token source", f"the source of the token {token!r}")
@@ -236,7 +251,12 @@ def _tokens(given: Any) -> dict[str, dict[str, Any]]:
                 )
             if source["kind"] == "model_token" and ("token" in source) == ("token_id" in source):
                 raise InputError(f"the source of the token {token!r} needs exactly one of token and token_id")
+            if type(source.get("token_id", 0)) is not int or not isinstance(source.get("token", ""), str):
+                raise InputError(f"the source of the token {token!r} has a token that is no text or a token_id that "
+                                 "is no whole number")  # fmt: skip
+            if source["kind"] == "model_token":
+                source = {**source, "model": _model_name(source.get("model"))}
         elif source is not None:
             source = _model_name(source)
-        found[token] = {"source": source, "force": bool(how.get("force", False))}
+        found[token] = {"source": source, "force": how.get("force", False)}
     return found

@@ -17,6 +17,7 @@ ENDS = (
     "embed_tokens.weight", "wte.weight", "lm_head.weight", "lm_head.bias", "embed_in.weight", "embed_out.weight",
     "word_embeddings.weight", "shared.weight", "tok_embeddings.weight", "output.weight",
 )  # fmt: skip
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Vocabulary:
     rows: Mapping[str, Tensor]
     original: Mapping[str, Mapping[str, int]]
     size: int
+    folder: Path
+    """Of the model whose tokens come first."""
+
+    def special_ids(self, file: str = "config.json") -> dict[str, Any]:
+        """Return what that model's config says of the tokens that begin, end and pad: another model's mean others."""
+        path = self.folder / file
+        told = io.read_json(path) if path.is_file() else {}
+        return {key: value for key, value in told.items() if key in SPECIAL and value is not None}
 
 
 def vocabulary_names(point: Point) -> list[str]:
@@ -77,7 +86,8 @@ def build_vocabulary(
         for token, i in tokens.items():
             rows[model][i] = vocabulary.get(token, -1)
     size = max(tokens.values()) + 1
-    return Vocabulary(result, tokens, rows, vocabularies, -(-size // pad_to) * pad_to if pad_to else size)
+    size = -(-size // pad_to) * pad_to if pad_to else size
+    return Vocabulary(result, tokens, rows, vocabularies, size, folders[start])
 
 
 def _add_missing(result: Any, tokenizers: Mapping[str, Any], vocabularies: Mapping[str, Mapping[str, int]]) -> None:
@@ -128,7 +138,7 @@ def _permuted(model: str, point: Point, vocabulary: Vocabulary, plan: "_Fill") -
     made = point.computed(
         point.label, specs, inputs, lambda n: plan.rows(model, n) if n in names else point.read(n), told=told
     )
-    return replace(made, config={**point.config, "vocab_size": vocabulary.size})
+    return replace(made, config={**point.config, **vocabulary.special_ids(), "vocab_size": vocabulary.size})
 
 
 class _Fill:
