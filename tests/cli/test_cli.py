@@ -61,6 +61,10 @@ def test_every_help_has_an_example(command, capsys):
         (["papr"], "papers"),
         (["diagram", "smollm2", "-o", "x.pdf"], "expected .svg"),
         (["plans", "--jsn"], "--json"),
+        (["convert", "smollm2", "-o", "x", "--set", "window"], "--set 'window' is not understood"),
+        (["inspect", "smollm2", "--set", "windw=3"], "Did you mean 'window'"),
+        (["papers", "--status", "wroks"], "Did you mean 'works'"),
+        (["coverage", "smollm2", "--text", " "], "the text is empty"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path, monkeypatch):
@@ -70,6 +74,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path
     assert said in told
     assert "Traceback" not in told
     assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_is_missing_is_said_before_anything_is_measured(capsys, monkeypatch):
+    from lineament import convert
+    from lineament._base import extras
+
+    monkeypatch.setattr(extras, "available", lambda module: False)
+    monkeypatch.setattr(convert, "evaluate_folder", lambda *args, **options: pytest.fail("it was measured"))
+    assert run(["evaluate", "smollm2", "--teacher", "smollm2", "--tasks", "arc_easy"]) == 2
+    assert "lineament[eval]" in capsys.readouterr().err
 
 
 def test_a_planned_paper_says_so_with_exit_code_1(capsys):

@@ -20,8 +20,12 @@ def papers(
     from rich.table import Table
 
     from lineament import papers as catalogue
+    from lineament._base.errors import unknown
     from lineament.cli.messages import print_json, show
+    from lineament.papers.record import STATUSES
 
+    if status and status not in STATUSES:
+        raise unknown("status", status, STATUSES)
     query = " ".join(words or [])
     exact = query in catalogue.MODULES
     found = [catalogue.record(query)] if exact else catalogue.search(query) if query else catalogue.records()

@@ -34,11 +34,14 @@ def evaluate(
     Example: lineament evaluate student --teacher smollm2 --html report.html
     """
     from lineament import convert as room
+    from lineament._base.extras import require
     from lineament.cli.messages import print_json, quiet, show
     from lineament.convert.progress import Progress
     from lineament.convert.stages import say_row
 
     quiet()
+    if tasks:
+        require("lm_eval", extra="eval")  # before anything is measured
     with Progress() as progress, _unfinished(student) as folder:
         progress.stage("evaluate", student)
         found = room.evaluate_folder(

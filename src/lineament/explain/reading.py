@@ -231,5 +231,5 @@ def coverage_of(model: str, text: str, *, rules: Any = "auto") -> list[dict[str,
     """Return `coverage` of a language model by name, on a text."""
     from lineament.explain.coverage import coverage
 
-    net, tokenizer = load_teacher(model)
-    return coverage(net, {"input_ids": tokenizer(text, return_tensors="pt")["input_ids"]}, rules=rules)
+    net, _, ids, _ = text_of(model, text, None)
+    return coverage(net, {"input_ids": ids}, rules=rules)
