@@ -253,6 +253,7 @@ def test_the_words_of_one_model_bring_what_it_says_of_them(here, other_words):
     """Special tokens are named by number in the configs, and numbers mean other words in another model."""
     for name in ("config.json", "generation_config.json"):
         told = json.loads((here / "words" / name).read_text())
+        assert told.pop("pad_token_id") == 0
         (here / "words" / name).write_text(json.dumps(told | {"eos_token_id": 7, "bos_token_id": 8}))
     shutil.copytree((here / "a").resolve(), here / "full")
     (here / "full" / "vocab.json").write_text("{}")
@@ -261,6 +262,7 @@ def test_the_words_of_one_model_bring_what_it_says_of_them(here, other_words):
     for name in ("config.json", "generation_config.json"):
         told = json.loads((here / "c" / name).read_text())
         assert (told["eos_token_id"], told["bos_token_id"]) == (7, 8)
+        assert "pad_token_id" not in told
     assert not (here / "c" / "vocab.json").exists()  # the other tokenizer's
     assert not (here / "c" / "chat_template.jinja").exists()
 

@@ -67,7 +67,7 @@ def tokenize(docs: Sequence[str], tokenizer: Tokenizer) -> list[Tensor]:
     """Return the token ids of each document, int64 [T], without special tokens."""
     if not docs:
         raise InputError(
-            "there is no text: the list of documents is empty. The held-out part of a few may be; give a folder or .jsonl"
+            "there is no text: the list of documents is empty. The held-out part of few may be: give a folder or .jsonl"
         )
     ids = tokenizer(list(docs), add_special_tokens=False, verbose=False)["input_ids"]
     return [torch.tensor(i, dtype=torch.int64) for i in ids]

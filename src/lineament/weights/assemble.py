@@ -291,8 +291,8 @@ def run_recipe(
                 (partial / name).unlink(missing_ok=True)
             prepared.vocabulary.tokenizer.save_pretrained(partial)
             if (file := partial / "generation_config.json").is_file():
-                told = prepared.vocabulary.special_ids() | prepared.vocabulary.special_ids(file.name)
-                io.write_json(file, io.read_json(file) | told)
+                told = io.read_json(file) | prepared.vocabulary.special_ids(file.name)
+                io.write_json(file, {key: value for key, value in told.items() if value is not None})
         if template:
             tokenizer = load_tokenizer(partial)
             tokenizer.chat_template = template

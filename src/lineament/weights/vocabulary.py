@@ -32,11 +32,16 @@ class Vocabulary:
     folder: Path
     """Of the model whose tokens come first."""
 
-    def special_ids(self, file: str = "config.json") -> dict[str, Any]:
-        """Return what that model's config says of the tokens that begin, end and pad: another model's mean others."""
-        path = self.folder / file
-        told = io.read_json(path) if path.is_file() else {}
-        return {key: value for key, value in told.items() if key in SPECIAL and value is not None}
+    def special_ids(self, *files: str) -> dict[str, Any]:
+        """Return the tokens that begin, end and pad by that model's configs, the later ones first; None where unsaid.
+
+        They are numbers, which in another model mean other tokens.
+        """
+        told: dict[str, Any] = {}
+        for path in (self.folder / file for file in ("config.json", *files)):
+            found = io.read_json(path) if path.is_file() else {}
+            told |= {key: found[key] for key in SPECIAL if found.get(key) is not None}
+        return {key: told.get(key) for key in SPECIAL}
 
 
 def vocabulary_names(point: Point) -> list[str]:
