@@ -57,8 +57,7 @@ def merge(
     Work happens in OUT.partial; OUT appears complete or not at all, and the same command goes on after an interruption.
     Example: lineament merge tuned-a tuned-b --base smollm2 --method ties --density 0.5 -o merged
     """
-    from lineament.cli.messages import name_and_value, print_json, quiet, require_new, show
-    from lineament.io import parse_bytes
+    from lineament.cli.messages import name_and_value, print_json, quiet, show
     from lineament.weights import assemble
 
     quiet()
@@ -70,18 +69,23 @@ def merge(
     prepared = assemble.prepare(recipe, seed=seed, any_base=any_base, dequantise=dequantise, untie=untie)
     costs = prepared.costs()
     if dry_run:
-        require_new(out)
-        parse_bytes(shard_size)
+        _check_output(out, shard_size)
     else:
         with _bytes(costs["written"], "merge") as progress:
             assemble.run_recipe(
                 recipe, out, prepared=prepared, max_shard_size=shard_size, progress=progress, resume=resume
             )
     told = {"out": str(out), "method": recipe.method, "models": recipe.models, **costs, "notes": list(prepared.notes)}
-    if json:
-        print_json({**told, "dry_run": dry_run})
-    else:
-        show(*_told(told, dry_run))
+    print_json({**told, "dry_run": dry_run}) if json else show(*_told(told, dry_run))
+
+
+def _check_output(out: Path, shard_size: str) -> None:
+    """Refuse before any work what writing would refuse."""
+    from lineament.cli.messages import require_new
+    from lineament.io import parse_bytes
+
+    require_new(out)
+    parse_bytes(shard_size)
 
 
 def _recipe(
