@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from lineament._base.errors import InputError
-from lineament.models import StudentCache, cache_nbytes, tiny, tiny_teacher
+from lineament.models import DecoderForCausalLM, StudentCache, cache_nbytes, decoder_config, tiny, tiny_teacher
 
 LOUD = {"log_scale": -1.0, "decay": True}
 KINDS = ["hedgehog-window", "kda", "hedgehog", "cosformer", "lightning", "softmax-window", "lolcats"]
@@ -102,6 +102,21 @@ def test_a_prompts_state_is_saved_and_loaded_bit_identical(kind, family, tmp_pat
     loaded = StudentCache.load(tmp_path / "prompt.safetensors", model.config)
     assert loaded.get_seq_length() == 20
     assert torch.equal(after(model, loaded, tokens[:, 20:]), after(model, cache, tokens[:, 20:]))
+
+
+@pytest.mark.parametrize("name", ["mla", "lightnet", "diag-attention", "codes by head"])
+def test_states_that_are_buffers_or_have_parts_are_saved_too(name, tmp_path):
+    if name == "codes by head":
+        model = tiny("llama", full_heads=(1,), options={"map": "product", "codes": [2, 4, 4]})
+    else:
+        model = DecoderForCausalLM(decoder_config(name, vocab_size=61, width=24, layers=2, heads=2)).eval()
+    tokens = ids()
+    cache = filled(model, tokens[:, :20])
+    after(model, cache, tokens[:, 20:21])  # buffers have spare room by now, which is not saved
+    cache.save(tmp_path / "prompt.safetensors")
+    loaded = StudentCache.load(tmp_path / "prompt.safetensors", model.config)
+    assert loaded.nbytes() <= cache.nbytes()
+    assert torch.equal(after(model, loaded, tokens[:, 21:]), after(model, cache, tokens[:, 21:]))
 
 
 def test_a_cache_of_another_model_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from lineament._base.errors import InputError
-from lineament.models import tiny, tiny_teacher
+from lineament.models import DecoderForCausalLM, StudentCache, decoder_config, tiny, tiny_teacher
 from lineament.tasks import cache_bytes, decode_speed, filled_cache, is_student, peak_memory, prefill_speed
 from lineament.tasks import cost as room
 
@@ -43,6 +43,14 @@ def test_a_students_state_does_not_grow_and_its_full_heads_do():
     assert cache.get_seq_length() == 300
     assert all(layer.state.full.length == 300 for layer in cache.layers)
     assert cache_bytes(part, 64) < cache_bytes(part, 4096) < cache_bytes(tiny_teacher("llama"), 4096) * 0.6
+
+
+def test_latents_grow_as_if_all_had_been_read():
+    model = DecoderForCausalLM(decoder_config("mla", vocab_size=61, width=24, layers=2, heads=2)).eval()
+    read = StudentCache(model.config)
+    with torch.no_grad():
+        model(torch.zeros(1, 256, dtype=torch.long), past_key_values=read)
+    assert cache_bytes(model, 256) == read.nbytes()  # a multiple of what a buffer grows by
 
 
 def test_a_static_cache_holds_as_much():

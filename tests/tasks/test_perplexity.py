@@ -95,6 +95,12 @@ def test_a_model_agrees_with_itself_and_less_with_another(model, other):
     assert found.top1 == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()))
 
 
+@pytest.mark.parametrize("last", [0, 40, 41])
+def test_agreement_on_more_predictions_than_there_are_is_refused(model, last):
+    with pytest.raises(InputError, match="expected 1 to 39"):
+        agreement(model, model, TEXT, last=last)
+
+
 @pytest.mark.parametrize(
     ("text", "last", "message"),
     [

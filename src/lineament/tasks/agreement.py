@@ -37,10 +37,12 @@ def agreement(student: nn.Module, teacher: nn.Module, text: Tensor, *, last: int
         last: compare the predictions of the last so many tokens; None for all but the first token's.
 
     Raises:
-        InputError: the vocabularies differ.
+        InputError: the vocabularies differ, or more predictions are asked for than a window has.
     """
     if text.dim() != 2 or len(text) == 0 or text.shape[1] < 2:
         raise InputError(f"windows have shape {list(text.shape)}; expected [N, T] with T >= 2 and at least one window")
+    if last is not None and not 1 <= last < text.shape[1]:
+        raise InputError(f"the last {last} of {text.shape[1]} tokens were asked for; expected 1 to {text.shape[1] - 1}")
     first = 0 if last is None else text.shape[1] - last - 1
     sums, same, count = [], 0, 0
     for window in text.split(1):

@@ -22,6 +22,7 @@ from lineament._base.errors import InputError
 from lineament._base.seeds import generator
 from lineament.models import StudentCache, cache_nbytes, learned_positions, prefill
 from lineament.models.prefill import PIECE
+from lineament.nn import KeyValues
 from lineament.tasks.predictions import plain
 
 CPU = torch.device("cpu")
@@ -72,17 +73,19 @@ def _stretch(layer: Any, tokens: int) -> None:
         return
     if getattr(layer, "is_sliding", False):  # full already; only the count goes on
         layer.cumulative_length += tokens
-    elif hasattr(layer, "state"):  # a converted layer: its full heads grow, its state does not
+    elif hasattr(layer, "state"):  # a mixer's layer: full heads and latents grow, other states don't
         layer.seen += tokens
-        if layer.state.full is not None:
-            layer.state.full.append(*_repeated(layer.state.full, layer.state.full.length, tokens))
+        for buffer in (layer.state.full, layer.state.filling):
+            if isinstance(buffer, KeyValues):
+                buffer.append(*_repeated(buffer, buffer.length, tokens))
     else:
         layer.update(*_repeated(layer, int(layer.get_seq_length()), tokens))
 
 
 def _repeated(holder: Any, length: int, tokens: int) -> tuple[Tensor, Tensor]:
     index = torch.arange(tokens, device=holder.keys.device) % length
-    return holder.keys[:, :, index], holder.values[:, :, index]
+    keys = holder.keys[:, :, index]
+    return keys, keys if holder.values is None else holder.values[:, :, index]  # (latents hold both in one)
 
 
 def cache_bytes(model: nn.Module, context: int) -> int:
