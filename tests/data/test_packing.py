@@ -27,6 +27,7 @@ def test_a_document_stays_in_its_split_when_others_come(docs, seed):
 def test_splits_depend_on_the_seed_and_are_checked():
     docs = [str(i) for i in range(200)]
     assert split_documents(docs, {"a": 0.5}, 0) != split_documents(docs, {"a": 0.5}, 1)
+    assert split_documents(docs, {"a": 0.5}, -1) != split_documents(docs, {"a": 0.5}, 1)
     with pytest.raises(InputError, match="add to at most 1"):
         split_documents(docs, {"a": 0.7, "b": 0.7})
 

@@ -2,11 +2,12 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from lineament._base.errors import InputError
-from lineament.data import NAMES, load_text
+from lineament.data import NAMES, files, load_text
 from lineament.data.carriers import _service
 from lineament.data.files import cut
 from lineament.data.wiki import articles, clean
@@ -86,6 +87,33 @@ def test_a_folder_in_the_order_of_its_names(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     assert load_text(tmp_path) == ["first", "second", "third", "fourth"]
     assert load_text(str(tmp_path / "b.txt")) == ["second"]
+
+
+def test_lines_of_json_end_at_newlines_alone_and_a_mark_in_front_is_no_text(tmp_path):
+    texts = ["one\u2028two\x85three\x0cfour", "five"]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts)
+    (tmp_path / "a.jsonl").write_bytes(lines.replace("\x0c", "\\f").encode("utf-8-sig"))
+    (tmp_path / "b.txt").write_bytes("six".encode("utf-8-sig"))
+    assert load_text(tmp_path) == [*texts, "six"]
+
+
+@pytest.mark.parametrize("error", [ValueError("unknown split 'place'"), ConnectionError("no network\ntraces")])
+def test_what_the_hub_does_not_give_is_said_in_one_line(error, monkeypatch):
+    def load_dataset(*given, **named):
+        raise error
+
+    monkeypatch.setattr(files, "require", lambda module, extra: SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(InputError, match=r"hub:a/b, split 'place', can't be had: (unknown split 'place'|no network)$"):
+        load_text("hub:a/b", split="place")
+
+
+def test_rows_without_text_are_passed_over(monkeypatch):
+    class Rows(dict):
+        column_names = ("text",)
+
+    given = SimpleNamespace(load_dataset=lambda *_, **__: Rows(text=["a", None, " "]))
+    monkeypatch.setattr(files, "require", lambda module, extra: given)
+    assert load_text("hub:a/b") == ["a"]
 
 
 def test_nothing_is_lost_when_a_long_text_is_cut():

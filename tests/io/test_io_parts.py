@@ -43,6 +43,13 @@ def test_parts_are_made_once_and_come_back_to_the_bit(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize("x", [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor(True)])
+def test_tensors_of_any_dtype_have_a_digest(x):
+    assert io.digest_of(x) == io.digest_of(x.clone()) != io.digest_of(~x if x.dtype == torch.bool else 2 * x)
+    if x.is_floating_point():
+        assert io.digest_of(torch.nn.Parameter(x)) == io.digest_of(x)
+
+
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with io.kept_parts(None, {}) as parts:

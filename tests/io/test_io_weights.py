@@ -89,6 +89,20 @@ def test_saving_again_in_another_form_leaves_no_stale_weights(tmp_path):
     assert open_weights(tmp_path).names == ["new"]
 
 
+def test_shards_of_an_earlier_save_go_and_an_interrupted_one_leaves_no_mixture(tmp_path):
+    save_sharded(some(), tmp_path, max_shard_size=1)
+    save_sharded(some(), tmp_path, max_shard_size=400)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+    def interrupted(written):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_sharded({name: x + 1 for name, x in some().items()}, tmp_path, max_shard_size=400, progress=interrupted)
+    with pytest.raises(InputError, match="which"):
+        open_weights(tmp_path)
+
+
 def test_weights_can_be_saved_without_being_loaded_at_once(tmp_path):
     save_sharded(some(), tmp_path / "a", max_shard_size=400)
     save_sharded(open_weights(tmp_path / "a"), tmp_path / "b", max_shard_size=400)

@@ -38,13 +38,12 @@ def from_path(path: Path) -> list[str]:
 
 def _read(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if file.suffix == ".jsonl":
-        return [
-            d for number, line in enumerate(text.splitlines(), 1) if line.strip() for d in _field(file, number, line)
-        ]
+        lines = text.split("\n")  # not splitlines: texts may hold other separators, which JSON need not escape
+        return [d for number, line in enumerate(lines, 1) if line.strip() for d in _field(file, number, line)]
     return cut(text)
 
 
@@ -83,11 +82,16 @@ def from_hub(name: str, split: str) -> list[str]:
     """Return the field "text" of a data set on the Hub: "owner/name", or "owner/name:configuration".
 
     Raises:
-        InputError: the package `datasets` is missing (extra "hub"), or the set has no field "text".
+        InputError: the package `datasets` is missing (extra "hub"), there is no such set, configuration or split, the
+            Hub can't be reached, or the set has no field "text".
     """
     datasets = require("datasets", extra="hub")
     repository, _, configuration = name.partition(":")
-    rows = datasets.load_dataset(repository, configuration or None, split=split)
+    try:
+        rows = datasets.load_dataset(repository, configuration or None, split=split)
+    except (ValueError, OSError) as error:  # what `datasets` raises of names, configurations, splits and the network
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"hub:{name}, split {split!r}, can't be had: {reason}") from error
     if "text" not in rows.column_names:
         raise InputError(f'hub:{name} has the fields {", ".join(rows.column_names)}; expected one called "text"')
-    return [text for text in rows["text"] if text.strip()]
+    return [text for text in rows["text"] if text and text.strip()]

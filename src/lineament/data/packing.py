@@ -42,7 +42,7 @@ def split_documents(docs: Iterable[str], fractions: Mapping[str, float], seed: i
         raise InputError(f"fractions are {dict(fractions)}; expected positive shares that add to at most 1")
     parts: dict[str, list[str]] = {name: [] for name in fractions}
     for document in docs:
-        digest = hashlib.blake2b(document.encode(), digest_size=8, salt=seed.to_bytes(8, "big")).digest()
+        digest = hashlib.blake2b(document.encode(), digest_size=8, salt=(seed % 2**64).to_bytes(8, "big")).digest()
         place, total = int.from_bytes(digest, "big") / 2**64, 0.0
         for name, fraction in fractions.items():
             total += fraction

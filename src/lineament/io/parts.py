@@ -13,7 +13,7 @@ from torch import Tensor
 from lineament._base.errors import InputError
 from lineament.io.files import read_json, write_json
 from lineament.io.folder import locked
-from lineament.io.save import save_tensors
+from lineament.io.save import raw_bytes, save_tensors
 from lineament.io.weights import open_weights
 
 ASKED = "asked.json"
@@ -99,7 +99,7 @@ def digest_of(*tensors: Tensor) -> str:
     whole = hashlib.sha256()
     for x in tensors:
         whole.update(f"{list(x.shape)} {x.dtype}".encode())
-        whole.update(x.contiguous().cpu().numpy().tobytes())
+        whole.update(raw_bytes(x))
     return whole.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Saving tensors as safetensors: whole or not at all, one tensor in memory at a time."""
 
+import glob
 import json
 import re
 import sys
@@ -58,7 +59,7 @@ def save_tensors(
     with replacing(path) as file:
         file.write(raw)
         for name in names:
-            written = file.write(_bytes(tensors[name]))
+            written = file.write(raw_bytes(tensors[name]))
             if progress:
                 progress(written)
     return Path(path)
@@ -93,7 +94,8 @@ def save_sharded(
 
     Args:
         tensors: name -> tensor.
-        folder: made if missing. The index is written last, so a folder with an index has all its shards.
+        folder: made if missing. The index is written last, so a folder with an index has all its shards; where shards
+            of an earlier save are written over, its index goes first.
         max_shard_size: bytes, or text such as "500MB"; one tensor larger than that gets a shard of its own.
         stem: the beginning of the files' names.
         metadata: text for every header; `{"format": "pt"}` if None, which transformers asks for.
@@ -118,16 +120,19 @@ def save_sharded(
     parts = {file: _Part(tensors, names) for file, names in zip(files, shards, strict=True)}
     there = {file for file, part in parts.items() if keep and _holds(file, part, metadata)}
     need_space(folder, total - sum(file.stat().st_size for file in there) + _MARGIN)
+    if any(file.exists() for file in parts if file not in there and file != single):
+        index.unlink(missing_ok=True)  # else an interrupted save would read as weights that are half old, half new
     for file, part in parts.items():
         if file not in there:
             save_tensors(part, file, metadata, progress=progress)
         elif progress:
             progress(sum(_about(part, name)[2] for name in part))
-    stale = [index]
+    shards_here = folder.glob(f"{glob.escape(stem)}-{5 * '[0-9]'}-of-{5 * '[0-9]'}.safetensors")
+    stale = [index, *set(shards_here).difference(files)]
     if count > 1:
         homes = {name: file.name for file, part in parts.items() for name in part}
         write_json(index, {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))})
-        stale = [single]
+        stale[0] = single
     for file in stale:  # readers would find the older form first
         file.unlink(missing_ok=True)
     sync_folder(folder)
@@ -203,7 +208,8 @@ def _about(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, tuple
     return tensor.dtype, tuple(tensor.shape), tensor.numel() * tensor.itemsize
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's numbers as they stand in a file."""
     if sys.byteorder != "little":
         raise RuntimeError("safetensors are little endian; saving from a big-endian machine is not supported")
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
