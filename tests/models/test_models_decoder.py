@@ -241,6 +241,16 @@ def test_checkpointed_blocks_have_the_same_gradients():
         torch.testing.assert_close(p.grad, plain[name])
 
 
+@pytest.mark.parametrize("by", ["argument", "config"])
+def test_outputs_can_be_asked_for_as_a_tuple(by):
+    model, tokens = decoder(), ids()
+    expected = model(tokens, labels=tokens)
+    model.config.return_dict = by != "config"
+    loss, logits = model(tokens, labels=tokens, use_cache=False, **({"return_dict": False} if by == "argument" else {}))
+    assert torch.equal(loss, expected.loss)
+    assert torch.equal(logits, expected.logits)
+
+
 def test_a_family_is_a_value():
     own = Family(kind="lightning", slots=Slots(conv=3), mlp="geglu", mlp_share=1.0, full=Slots(qk_norm="rms"))
     model = decoder(own, ratio="1:1")

@@ -172,6 +172,8 @@ def test_a_mask_per_query_is_refused():
     causal = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
     with pytest.raises(InputError, match="differs from query to query"):
         student(input_ids=torch.ones(1, 5, dtype=torch.long), attention_mask=causal)
+    with pytest.raises(InputError, match="3 axes"):
+        student(input_ids=torch.ones(1, 5, dtype=torch.long), attention_mask=causal[0])
     same = torch.zeros(1, 1, 5, 5)
     same[..., 4] = torch.finfo(torch.float32).min
     ids = torch.arange(1, 6)[None]

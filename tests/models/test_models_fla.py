@@ -1,6 +1,8 @@
 """fla's families: names and shapes as in its checkpoints, every layer equal to its equation written as a loop."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -185,6 +187,14 @@ def test_the_vocabulary_can_grow(tied):
     assert model.get_input_embeddings() is model.model.embeddings
     assert len(model.model.embeddings.weight) == len(model.lm_head.weight) == 64
     torch.testing.assert_close(model(text).logits[..., :61], before)
+
+
+@pytest.mark.parametrize("family", FLA)
+def test_a_model_in_training_can_be_copied_and_pickled(family):
+    model, text = fla_model(family), ids()
+    model(text, labels=text).loss.backward()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(text).logits, model(text).logits)
 
 
 def test_what_is_not_read_is_refused():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 
 from lineament._base.errors import InputError
 from lineament.io import open_weights
-from lineament.train import FitConfig, TrainingError, fit
+from lineament.train import FitConfig, TrainingError, fit, to_device
+from lineament.train.loop import _rows
 
 CONFIG = FitConfig(steps=10, lr={"*.bias": 1e-1, "*": 1e-2}, warmup=2, checkpoint_every=5, weight_decay=0.1, seed=3)
 
@@ -44,6 +46,27 @@ def test_training_lowers_the_loss_and_logs_every_step(tmp_path):
     assert [line["loss"] for line in lines] == seen
     assert fitted.steps == 10
     assert sum(seen[-3:]) < sum(seen[:3])
+
+
+def test_gradients_left_from_before_are_not_of_the_run():
+    model, fresh = network().eval(), network().eval()
+    loss(model, batches(99))[0].backward()
+    for net in (model, fresh):
+        fit(net, batches, loss, FitConfig(steps=1, optimizer="sgd", clip=None))
+    assert torch.equal(weights(model), weights(fresh))
+
+
+def test_batches_may_be_named_tuples():
+    class Batch(NamedTuple):
+        x: torch.Tensor
+        parts: list[torch.Tensor]
+
+    found = to_device(Batch(torch.ones(2), [torch.ones(1)]), torch.device("meta"))
+    assert isinstance(found, Batch)
+    assert found.x.is_meta
+    assert found.parts[0].is_meta
+    half = _rows(Batch(torch.arange(4), [torch.arange(2)]), 1, 2)
+    assert (half.x.tolist(), half.parts[0].tolist()) == ([2, 3], [1])
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from lineament._base.errors import InputError, unknown
 from lineament.models.attention import prepared
@@ -167,6 +168,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -227,6 +229,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -241,7 +244,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """See `DecoderModel.forward`; `labels` [B, T] (-100 for none) gives the mean loss in nats per token."""
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True,
+            **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept

@@ -77,6 +77,8 @@ def padding_mask(mask: Tensor | None, batch: int) -> Tensor | None:
 
 def mask(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
     """Return the padding mask as [B, 1, 1, T]: enough for both kinds of layer, and linear in T."""
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise InputError(f"attention_mask has {attention_mask.dim()} axes; an encoder student takes [B, T]")
     return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
 

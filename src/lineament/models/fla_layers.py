@@ -188,6 +188,10 @@ class Hgrn2(Layer):
         self.K, self.V = width, config.hidden_size // heads
         self.g_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the bound of the last call: it hangs in that call's graph, and can't be copied."""
+        return {name: value for name, value in super().__getstate__().items() if name != "lower_bound"}
+
     def terms(self, x: Tensor, q: Tensor, f: Tensor, i: Tensor, position: Tensor) -> Terms:
         log_keep, write = bounded_forget(widened(f), self.lower_bound if self.layer > 0 else None)
         q, k, gate = (y.unflatten(-1, (-1, self.K)) for y in (silu(q), write, log_keep))

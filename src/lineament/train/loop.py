@@ -117,6 +117,7 @@ class _Run:
         names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         groups = _groups(names, config)
         optimizer = _optimizer(groups, config)
+        optimizer.zero_grad()  # what an earlier pass or an interrupted step left is not of this run
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.parameters = {names[p]: p for group in groups for p in group["params"]}
         self.buffers = checkpoint.persistent_buffers(model)
@@ -269,7 +270,7 @@ def _rows(batch: Any, rank: int, world: int) -> Any:
     if isinstance(batch, Mapping):
         return {name: _rows(value, rank, world) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_rows(value, rank, world) for value in batch)
+        return _like(batch, [_rows(value, rank, world) for value in batch])
     if not isinstance(batch, Tensor):
         return batch
     if batch.dim() == 0 or batch.shape[0] % world:
@@ -290,8 +291,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
+        return _like(batch, [to_device(value, device) for value in batch])
     return batch
+
+
+def _like(batch: Any, parts: list[Any]) -> Any:
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
 @contextmanager
