@@ -76,6 +76,27 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["explain", "smollm2", "--text", "a", "--html"], ["scope", "smollm2", "--text", "a", "--html"],
+        ["depth", "smollm2", "--html"], ["circuit", "smollm2", "--png"], ["bricks", "smollm2", "--html"],
+        ["connect", "smollm2", "smollm2", "--plot"], ["diff", "smollm2", "smollm2", "--picture"],
+        ["evaluate", "smollm2", "--html"], ["reproduce", "hedgehog", "--html"],
+        ["blindspots", "x", "--image", "x", "--target", "x", "--html"],
+        ["transcode", "evaluate", "smollm2", "x", "--html"], ["transcode", "dashboard", "smollm2", "x", "--html"],
+        ["transcode", "graph", "smollm2", "x", "--text", "a", "-o"], ["transcode", "circuit", "smollm2", "x", "--png"],
+        ["diagram", "smollm2", "-o"],
+    ],
+)  # fmt: skip
+def test_a_file_that_can_not_be_written_is_refused_before_the_work(command, capsys, tmp_path):
+    (tmp_path / "folder.svg").mkdir()
+    (tmp_path / "file").write_text("")
+    for place in ("folder.svg", "file/x.svg"):
+        assert run([*command, str(tmp_path / place)]) == 2
+        assert "can't be written" in capsys.readouterr().err
+
+
 def test_a_package_that_is_missing_is_said_before_anything_is_measured(capsys, monkeypatch):
     from lineament import convert
     from lineament._base import extras

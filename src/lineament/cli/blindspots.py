@@ -24,9 +24,10 @@ def blindspots(
 
     Example: lineament blindspots ./vit --image cat.jpg --target dog.jpg --html blind.html
     """
-    from lineament.cli.messages import answer, quiet
+    from lineament.cli.messages import answer, quiet, require_writable
     from lineament.explain.blindspots_reading import walk
 
+    require_writable(html)
     quiet()
     found = walk(model, image, target, steps=steps, rate=rate, parallel=parallel, tolerance=tolerance, slope=slope)
     answer(found, json, html=html)

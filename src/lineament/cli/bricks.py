@@ -30,10 +30,11 @@ def bricks(
     """
     from rich.console import Console
 
-    from lineament.cli.messages import print_json, quiet, require_new, show
+    from lineament.cli.messages import print_json, quiet, require_new, require_writable, show
     from lineament.report import table
     from lineament.weights import bricks_text as room
 
+    require_writable(html)
     quiet()
     if out is not None:
         require_new(out)

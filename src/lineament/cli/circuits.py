@@ -37,10 +37,11 @@ def circuit(
     having as many tokens. The same command goes on where it was interrupted if it writes a file or is given --work.
     Example: lineament circuit smollm2 --task ioi --html circuit.html
     """
-    from lineament.cli.messages import answer, quiet, work_folder
+    from lineament.cli.messages import answer, quiet, require_writable, work_folder
     from lineament.convert.progress import Progress
     from lineament.explain.circuit_page import circuit_of
 
+    require_writable(html, png, out)
     quiet()
     with Progress() as progress:
         found = circuit_of(

@@ -29,10 +29,11 @@ def connect(
     Example: lineament connect tuned-a tuned-b --plot barrier.png
     """
     from lineament import io
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import print_json, quiet, require_writable, show
     from lineament.report import table
     from lineament.weights import language
 
+    require_writable(plot)
     quiet()
     windows = language.text_windows(a, text, length=length, tokens=tokens)
     found = language.connect_models(a, b, windows, points=points, align=align, restarts=restarts, seed=seed)

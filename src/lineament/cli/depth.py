@@ -27,11 +27,12 @@ def depth(
     Example: lineament depth smollm2 --html depth.html
     """
     from lineament._base.errors import InputError
-    from lineament.cli.messages import answer, quiet, work_folder
+    from lineament.cli.messages import answer, quiet, require_writable, work_folder
     from lineament.convert.progress import Progress
     from lineament.explain.depth_reading import read_depth
     from lineament.io import read_json
 
+    require_writable(html)
     quiet()
     given = read_json(levels) if levels else None
     if given is not None and not (isinstance(given, dict) and all(isinstance(x, list) and x for x in given.values())):

@@ -21,9 +21,10 @@ def diagram(
     Without -o the diagram is told in words. Example: lineament diagram smollm2 -o smollm2.svg --check
     """
     from lineament._base.errors import InputError
-    from lineament.cli.messages import answer, quiet
+    from lineament.cli.messages import answer, quiet, require_writable
     from lineament.explain.diagram_reading import read_diagram
 
+    require_writable(out)
     quiet()
     if out is not None and out.suffix not in (".svg", ".html", ".txt", ".json"):
         raise InputError(f"{out} ends in {out.suffix or 'nothing'!r}; expected .svg, .html, .txt or .json")

@@ -27,9 +27,10 @@ def explain(
 
     Example: lineament explain smollm2 --text "The capital of France is" --html why.html
     """
-    from lineament.cli.messages import answer, quiet
+    from lineament.cli.messages import answer, quiet, require_writable
     from lineament.explain.reading import explain_image, explain_text
 
+    require_writable(html, png)
     quiet()
     found = _read(explain_text, explain_image, model, text, image, target, rules=rules, unknown=unknown)
     answer(found, json, html=html, png=png)
@@ -50,9 +51,10 @@ def scope(
 
     Example: lineament scope smollm2 --text "The capital of France is" --html scope.html
     """
-    from lineament.cli.messages import answer, quiet
+    from lineament.cli.messages import answer, quiet, require_writable
     from lineament.explain.scope_reading import scope_image, scope_text
 
+    require_writable(html)
     quiet()
     choices = {"singular": singular, "center": center, "gate": gate}
     found = _read(scope_text, scope_image, model, text, image, target, **choices)

@@ -206,11 +206,12 @@ def diff(
     Example: lineament diff smollm2 tuned --picture moved.png
     """
     from lineament import io
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import print_json, quiet, require_writable, show
     from lineament.report import heatmap, table
     from lineament.weights import compare
     from lineament.weights.sources import open_named
 
+    require_writable(picture)
     quiet()
     a, b = open_named(first), open_named(second)
     rows = []

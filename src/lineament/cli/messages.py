@@ -1,6 +1,7 @@
 """What the command line says: one line for a mistake, JSON for machines, tables for people."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,19 @@ def work_folder(work: Path | None, *written: Path | None) -> Path | None:
 
     first = next((path for path in written if path is not None), None)
     return work or (None if first is None else partial_path(first))
+
+
+def require_writable(*files: Path | None) -> None:
+    """Refuse files that could not be written at the end, before any work is done.
+
+    Raises:
+        InputError: one is a folder, or lies where nothing can be written.
+    """
+    for file in (file for file in files if file is not None):
+        home = next(folder for folder in file.absolute().parents if folder.exists())
+        if file.is_dir() or not home.is_dir() or not os.access(home, os.W_OK):
+            what = f"{file} is a folder" if file.is_dir() else f"nothing can be written in {home}"
+            raise InputError(f"{file} can't be written: {what}; give another file")
 
 
 def name_and_value(pair: str, option: str) -> tuple[str, str]:

@@ -74,9 +74,10 @@ def reproduce(
     parts: lineament reproduce hybrid-linear-attention --scale study --only "study-*" --out study --workers 2
     """
     from lineament import papers as catalogue
-    from lineament.cli.messages import print_json, show
+    from lineament.cli.messages import print_json, require_writable, show
     from lineament.report import page
 
+    require_writable(html)
     asked = {"out": out and str(out), "only": only or None, "workers": workers, "ray": ray}
     options = {name: value for name, value in asked.items() if value is not None}
     if runs:

@@ -35,10 +35,11 @@ def evaluate(
     """
     from lineament import convert as room
     from lineament._base.extras import require
-    from lineament.cli.messages import print_json, quiet, show
+    from lineament.cli.messages import print_json, quiet, require_writable, show
     from lineament.convert.progress import Progress
     from lineament.convert.stages import say_row
 
+    require_writable(html)
     quiet()
     if tasks:
         require("lm_eval", extra="eval")  # before anything is measured

@@ -74,10 +74,11 @@ def evaluate(
 
     Example: lineament transcode evaluate smollm2 dictionaries/transcoder-10 --activations dictionaries/activations
     """
-    from lineament.cli.messages import answer, quiet
+    from lineament.cli.messages import answer, quiet, require_writable
     from lineament.convert.progress import Progress
     from lineament.explain.dictionaries.reading import evaluate_by_name
 
+    require_writable(html)
     quiet()
     with Progress() as progress:
         found = evaluate_by_name(
@@ -109,10 +110,11 @@ def dashboard(
 
     Example: lineament transcode dashboard smollm2 dictionaries/transcoder-10 --html features.html
     """
-    from lineament.cli.messages import answer, quiet
+    from lineament.cli.messages import answer, quiet, require_writable
     from lineament.convert.progress import Progress
     from lineament.explain.dictionaries.reading import dashboard_by_name
 
+    require_writable(html)
     quiet()
     with Progress() as progress:
         found = dashboard_by_name(
@@ -140,10 +142,11 @@ def graph(
 
     Example: lineament transcode graph smollm2 dictionaries/transcoder-10 --text "The capital of France is"
     """
-    from lineament.cli.messages import answer, quiet
+    from lineament.cli.messages import answer, quiet, require_writable
     from lineament.convert.progress import Progress
     from lineament.explain.dictionaries.reading import graph_by_name
 
+    require_writable(html, png, out)
     quiet()
     with Progress() as progress:
         found = graph_by_name(
@@ -173,10 +176,11 @@ def circuit(
     Task files are those of `lineament circuit`. Example: lineament transcode circuit smollm2 dictionaries/transcoder-10
     --task capitals.json --html features.html
     """
-    from lineament.cli.messages import answer, quiet
+    from lineament.cli.messages import answer, quiet, require_writable
     from lineament.convert.progress import Progress
     from lineament.explain.dictionaries.feature_tasks import feature_circuit_by_name
 
+    require_writable(html, png, out)
     quiet()
     with Progress() as progress:
         found = feature_circuit_by_name(
