@@ -62,6 +62,7 @@ def test_the_front_is_what_nobody_beats():
     values = sorted({row["value"] for row in found})
     assert list(dict.fromkeys(row["value"] for row in found)) == values
     assert front([], "cost", "value") == []
+    assert front([{"cost": 1.0, "value": math.nan}, {"cost": math.nan, "value": 1.0}], "cost", "value") == []
 
 
 def test_patches_are_pieces_of_the_photographs_and_apart():

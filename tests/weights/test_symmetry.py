@@ -1,5 +1,6 @@
 """The derived groups: their size in closed form, that they leave the function alone, and that nothing wrong passes."""
 
+import math
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from lineament import weights
 from lineament.graph import axis_rules
+from lineament.weights.elements import Element
 from lineament.weights.symmetry import Trial
 
 TABLE = Path(__file__).parents[2] / "docs" / "matching.md"
@@ -271,6 +273,30 @@ def test_recurrent_layers(layer, order):
             return self.out(self.layer(x)[0])
 
     assert weights.symmetry(Read(), torch.zeros(2, 3, 4)).log10_order == pytest.approx(order, abs=1e-9)
+
+
+def test_an_output_that_turns_nan_is_no_symmetry():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((3,), 2.0))
+
+        def forward(self, x):
+            return x, self.weight.log()
+
+    flip = Element((Flip(),), {})
+    trial = Trial(Two(), [torch.ones(2)], {})
+    assert trial.error(flip) == math.inf
+
+
+class Flip:
+    """Signs turned: no symmetry of a logarithm."""
+
+    def act(self, name, x):
+        return -x
+
+    def inverse(self):
+        return self
 
 
 def test_another_model_is_refused():

@@ -1,5 +1,6 @@
 """Which of many results nobody beats: the Pareto front."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ def front(rows: Sequence[Mapping[str, Any]], cost: str, value: str) -> list[Mapp
         rows: each with both numbers. cost: the key to keep small. value: the key to make large.
 
     Returns:
-        Those rows by rising cost; of equal ones all.
+        Those rows by rising cost; of equal ones all. A row with NaN is none of them.
 
     Example:
         >>> rows = [{"size": 1, "dB": 20}, {"size": 2, "dB": 19}, {"size": 3, "dB": 25}]
@@ -27,4 +28,5 @@ def front(rows: Sequence[Mapping[str, Any]], cost: str, value: str) -> list[Mapp
             for other in rows
         )
 
+    rows = [row for row in rows if not (math.isnan(row[cost]) or math.isnan(row[value]))]
     return sorted((row for row in rows if not beaten(row)), key=lambda row: row[cost])

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lineament import graph
@@ -180,7 +179,7 @@ class Trial:
             raise SymmetryError(f"{type(model).__name__} gives NaN or infinity at a jittered point; check with check=0")
 
     def outputs(self) -> list[Tensor]:
-        with torch.no_grad(), _Double():
+        with torch.no_grad(), graph.InDouble():  # norms, rotary positions and softmax cast to float32
             found = self.model(*self.args, **self.kwargs)
         found = found.logits if isinstance(getattr(found, "logits", None), Tensor) else found
         return [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.is_floating_point()]
@@ -189,8 +188,8 @@ class Trial:
         """Return the largest change of an output, relative to the largest entry."""
         after = self.outputs_at(element)
         top = max((float(x.abs().max()) for x in self.before if x.numel()), default=1.0) or 1.0
-        gap = max((float((x - y).abs().max()) for x, y in zip(self.before, after, strict=True) if x.numel()), default=0)
-        return gap / top if math.isfinite(gap) else math.inf
+        gaps = [float((x - y).abs().max()) for x, y in zip(self.before, after, strict=True) if x.numel()]
+        return max(gaps, default=0.0) / top if all(map(math.isfinite, gaps)) else math.inf
 
     def outputs_at(self, element: Element) -> list[Tensor]:
         """Return the outputs after an element has moved the copy."""
@@ -201,18 +200,6 @@ class Trial:
                     x.copy_(moved)
         self.at = element
         return self.outputs()
-
-
-class _Double(TorchFunctionMode):
-    """Keep in float64 what a model would cast to float32 inside (norms, rotary positions, softmax)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-        args, kwargs = pytree.tree_map(
-            lambda x: torch.float64 if x is torch.float32 else x, (tuple(args), dict(kwargs or {}))
-        )
-        return func(*args, **kwargs)
 
 
 def _jitter_(x: Tensor, draw: torch.Generator) -> None:

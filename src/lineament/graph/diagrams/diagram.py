@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -101,10 +102,11 @@ class Diagram:
                 module.training = training
         wanted = wanted.logits if isinstance(getattr(wanted, "logits", None), Tensor) else wanted
         tensors = [leaf for leaf in pytree.tree_leaves(wanted) if isinstance(leaf, Tensor)]
-        return max(
+        shares = [
             float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
             for a, b in zip(found, tensors, strict=True)
-        )
+        ]
+        return max(shares, key=lambda share: math.inf if math.isnan(share) else share)
 
     def write(self, path: str | Path, *, fold: bool = True) -> Path:
         """Write .svg, .html, .txt or .json, by the name's ending.
