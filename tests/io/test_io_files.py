@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+import lineament.io.folder as folder_module
 from lineament._base.errors import InputError, LineamentError
 from lineament.io import (
     DiskFullError,
@@ -27,6 +29,7 @@ from lineament.io import (
     write_json,
     write_text,
 )
+from lineament.io.folder import locked
 
 
 @pytest.fixture
@@ -135,6 +138,23 @@ def test_the_folder_appears_complete(tmp_path):
     assert (out / "sub" / "a.txt").read_text() == "1"
     assert [p.name for p in out.parent.iterdir()] == ["student"]
     with pytest.raises(InputError, match="student exists already"), building_folder(out):
+        pass
+
+
+def test_a_folder_finished_by_another_process_in_the_meantime_is_left_alone(tmp_path, monkeypatch):
+    out = tmp_path / "student"
+
+    @contextmanager
+    def late(partial):
+        partial.rename(out)  # as the other process does when it is done; then this one gets the lock
+        partial.mkdir()
+        yield
+
+    monkeypatch.setattr(folder_module, "locked", late)
+    with pytest.raises(InputError, match="student exists already"), building_folder(out):
+        pytest.fail("nothing is left to build")
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    with pytest.raises(InputError, match="in use by another process"), locked(tmp_path / "renamed"):
         pass
 
 

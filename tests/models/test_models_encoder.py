@@ -5,9 +5,11 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     BertForSequenceClassification,
     BertModel,
     ElectraConfig,
@@ -104,6 +106,7 @@ def test_either_side_may_be_padded(side):
     [
         (BertModel, AutoModel),
         (BertForMaskedLM, AutoModelForMaskedLM),
+        (BertForPreTraining, AutoModelForPreTraining),
         (BertForSequenceClassification, AutoModelForSequenceClassification),
     ],
 )

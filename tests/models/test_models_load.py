@@ -123,6 +123,11 @@ def test_a_broken_folder_is_one_clear_line(folder, how, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_may_be_named_from_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load.find_model(f"~/{folder.name}") == folder
+
+
 def test_names_that_are_nothing(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "a.gguf").write_bytes(b"nonsense")

@@ -8,7 +8,7 @@ import transformers
 
 from lineament._base.errors import InputError
 from lineament.tasks import agreement, bootstrap_ratio, context_gain, gain_kept, perplexity, perplexity_by_length
-from lineament.tasks.predictions import hidden_states, logits_of, token_nll
+from lineament.tasks.predictions import hidden_states, logits_of, next_token_loss, token_nll
 
 TEXT = torch.randint(128, (5, 40), generator=torch.Generator().manual_seed(0))
 
@@ -19,6 +19,14 @@ def test_it_is_the_models_own_loss(model):
     torch.testing.assert_close(found.per_window, torch.stack(losses).double() * 39, rtol=1e-5, atol=1e-5)
     assert found.tokens == 5 * 39
     assert found.value == pytest.approx(math.exp(found.nll_sum / found.tokens))
+
+
+def test_of_packed_documents_the_first_tokens_are_no_targets(model):
+    at = torch.cat([torch.arange(15), torch.arange(1), torch.arange(24)])
+    packed = {"input_ids": TEXT[:1], "position_ids": at[None]}
+    apart = [token_nll(model, TEXT[:1, a:b]) for a, b in ((0, 15), (16, 40))]  # one token alone predicts nothing
+    torch.testing.assert_close(next_token_loss(model, packed)[0], torch.cat(apart, 1).mean(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(next_token_loss(model, TEXT)[0], token_nll(model, TEXT).mean(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])

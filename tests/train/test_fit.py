@@ -113,6 +113,14 @@ def test_the_optimizer_and_running_means_come_back_to_the_bit(tmp_path):
     assert all(torch.equal(one.load(n), two.load(n)) for n in one.names)
 
 
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    config = FitConfig(steps=1)
+    one, five = nn.Linear(4, 1, bias=False), nn.Linear(4, 5, bias=False)
+    fit(one, batches, lambda model, batch: (model(batch["x"]).mean(), {}), config, out=tmp_path)
+    with pytest.raises(InputError, match="holds weight in another shape"):  # and not one row for all five
+        fit(five, batches, lambda model, batch: (model(batch["x"]).mean(), {}), config, out=tmp_path)
+
+
 @pytest.mark.parametrize("at", [5, 7, 9])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, at):
     whole = network()

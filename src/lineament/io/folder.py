@@ -53,6 +53,8 @@ def building_folder(out: str | Path, *, resume: bool = True, scratch: str | None
         partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         try:
+            if out.exists():  # another process has finished between the first look and the lock
+                raise InputError(f"{out} exists already; choose another folder or remove it first")
             _tidy(partial, aside, scratch)
             with clear_disk_errors(partial):
                 yield partial
@@ -117,7 +119,10 @@ def locked(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows; there the rename at the end is the only guard
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # renamed by the process that has just finished it
+        raise InputError(f"{folder} is in use by another process; wait for it or choose another folder") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,6 +30,7 @@ ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")  # `*SelfA
 DOORS = (
     auto.AutoModel, auto.AutoModelForMaskedLM, auto.AutoModelForSequenceClassification,
     auto.AutoModelForTokenClassification, auto.AutoModelForQuestionAnswering, auto.AutoModelForMultipleChoice,
+    auto.AutoModelForPreTraining,
 )  # fmt: skip
 
 

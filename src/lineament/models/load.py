@@ -34,7 +34,7 @@ def find_model(name: str | Path, *, weights: bool = True) -> Path:
     Raises:
         InputError: there is no such model; a package is missing (with the pip line); the Hub can't be reached.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if str(name) in EMBEDDED and not path.is_dir():
         module, package, file = EMBEDDED[str(name)]
         return _unpacked(extras.folder(module, package=package) / file)

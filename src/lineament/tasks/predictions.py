@@ -90,7 +90,11 @@ def next_token_loss(model: Any, batch: Tensor | Mapping[str, Tensor]) -> tuple[T
 
     Args:
         model: a causal language model of transformers, bare or wrapped.
-        batch: int64 [B, T], or what `lineament.data.batches` gives: {"input_ids": [B, T], "position_ids": ...}.
+        batch: int64 [B, T], or what `lineament.data.batches` gives: {"input_ids": [B, T], "position_ids": ...}. Where
+            positions restart another document begins, whose first token is no target.
     """
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-    return model(**inputs, labels=inputs["input_ids"], use_cache=False).loss, {}
+    labels, positions = inputs["input_ids"], inputs.get("position_ids")
+    if positions is not None:
+        labels = labels.masked_fill(nn.functional.pad(positions.diff(dim=1) != 1, (1, 0)), -100)
+    return model(**inputs, labels=labels, use_cache=False).loss, {}

@@ -85,6 +85,9 @@ def load(
     if names != set(parameters):
         odd = sorted(names ^ set(parameters))[:3]
         raise InputError(f"{folder / FILE} holds other parameters than the model learns, e.g. {', '.join(odd)}")
+    odd = [name for name, p in parameters.items() if weights.shape(f"parameter:{name}") != tuple(p.shape)]
+    if odd:
+        raise InputError(f"{folder / FILE} holds {odd[0]} in another shape than the model's")
     generators = {}
     with torch.no_grad():
         for entry in weights.names:

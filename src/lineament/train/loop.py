@@ -32,7 +32,7 @@ UNUSED = DistributedDataParallelKwargs(find_unused_parameters=True)  # a loss ne
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a call of `fit` did: steps in all, seconds of this call, the log, and the last step's numbers."""
+    """What a call of `fit` did: steps in all, seconds of this call, the log, and its last step's numbers (if any)."""
 
     steps: int
     seconds: float
