@@ -85,6 +85,16 @@ def test_rows_are_reordered_selected_and_repeated():
     near(after(model, cache, tokens[[0, 2], 20:]), expected[[0, 2]])
 
 
+def test_rows_stay_while_tokens_are_recorded():
+    model, tokens = student(), ids()
+    cache = filled(model, tokens[:, :20])
+    cache.activate_past_recording()
+    after(model, cache, tokens[:, 20:])
+    for change in (lambda: cache.batch_repeat_interleave(2), lambda: cache.reorder_cache(torch.tensor([1, 0]))):
+        with pytest.raises(InputError, match=r"crop\(0\) first"):
+            change()
+
+
 def test_reset_begins_again():
     model, tokens = student(), ids()
     cache = filled(model, tokens)
@@ -236,3 +246,7 @@ def test_write_text_streams_and_counts():
         write_text((student(), Tokenizer()), " ")
     with pytest.raises(InputError, match="chat template"):
         write_text((student(), Tokenizer()), "hello", chat=True)
+    learned = student(family="gpt2")  # of 256 positions
+    assert write_text((learned, Tokenizer()), 250 * "a", max_new_tokens=7)["tokens"] == 7
+    with pytest.raises(InputError, match="250 tokens and 8 are to follow, but the model has learned 256"):
+        write_text((learned, Tokenizer()), 250 * "a", max_new_tokens=8)

@@ -182,8 +182,7 @@ class MixerLayer(LinearAttentionCacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = next((len(x) for x in self.state.tensors().values()), 0)
-        if rows:
-            self.state.select(torch.arange(rows).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Nothing to gain: the state doesn't grow."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lineament._base.errors import InputError
 from lineament._base.seeds import seeded
+from lineament.models.adapters import learned_positions
 from lineament.models.load import load_teacher
 from lineament.models.place import find_device, find_dtype
 from lineament.models.prefill import PIECE, prefill
@@ -39,14 +40,20 @@ def write_text(
         text, prompt_tokens, tokens (new ones), seconds, tokens_per_second, cache_bytes.
 
     Raises:
-        InputError: an empty prompt, no room for a token, a temperature below 0, no chat template, or no such device or
-            dtype.
+        InputError: an empty prompt, no room for a token, a temperature below 0, more tokens than the model has learned
+            positions for, no chat template, or no such device or dtype.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise InputError(f"max_new_tokens={max_new_tokens}, temperature={temperature}; expected >= 1 and >= 0")
     network: Any
     network, tokenizer = model if isinstance(model, tuple) else _placed(model, device, dtype)
     ids = _ids(tokenizer, prompt, chat).to(network.device)
+    limit = learned_positions(network.config)
+    if limit is not None and ids.shape[1] + max_new_tokens - 1 > limit:  # the last one is not read
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens and {max_new_tokens} are to follow, but the model has learned "
+            f"{limit} positions; shorten either"
+        )
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
