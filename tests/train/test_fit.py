@@ -196,7 +196,16 @@ def test_bf16_keeps_float32_weights():
 
 @pytest.mark.parametrize(
     ("field", "value", "said"),
-    [("schedule", "cosin", "Did you mean 'cosine'"), ("steps", -1, "at least 0"), ("precision", "fp8", "unknown")],
+    [
+        ("schedule", "cosin", "Did you mean 'cosine'"),
+        ("steps", -1, "at least 0"),
+        ("precision", "fp8", "unknown"),
+        ("lr", {"*.bias": 0.1, "*": -1e-3}, "expected at least 0"),
+        ("lr", float("nan"), "expected at least 0"),
+        ("weight_decay", -0.1, "expected at least 0"),
+        ("clip", 0.0, "above 0"),
+        ("clip", -1.0, "above 0"),
+    ],
 )
 def test_wrong_settings_are_named(field, value, said):
     with pytest.raises(InputError, match=said):

@@ -62,6 +62,13 @@ class FitConfig:
         for name, low in (("steps", 0), ("warmup", 0), ("accumulate", 1), ("checkpoint_every", 1), ("log_every", 1)):
             if getattr(self, name) < low:
                 raise InputError(f"FitConfig.{name} is {getattr(self, name)}; expected at least {low}")
+        rates = self.lr.values() if isinstance(self.lr, Mapping) else (self.lr,)
+        if not all(number >= 0 for number in (*rates, self.weight_decay)):
+            raise InputError(f"lr is {self.lr} and weight_decay {self.weight_decay}; expected at least 0")
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(
+                f"FitConfig.clip is {self.clip}; expected a norm above 0, or None to leave gradients alone"
+            )
 
     def rate(self, name: str) -> float | None:
         """Return the peak learning rate of a parameter, or None when no glob matches its name.
