@@ -48,12 +48,7 @@ def write_text(
     network: Any
     network, tokenizer = model if isinstance(model, tuple) else _placed(model, device, dtype)
     ids = _ids(tokenizer, prompt, chat).to(network.device)
-    limit = learned_positions(network.config)
-    if limit is not None and ids.shape[1] + max_new_tokens - 1 > limit:  # the last one is not read
-        raise InputError(
-            f"the prompt has {ids.shape[1]} tokens and {max_new_tokens} are to follow, but the model has learned "
-            f"{limit} positions; shorten either"
-        )
+    _check_length(network, ids.shape[1], max_new_tokens)
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
@@ -86,6 +81,15 @@ def _placed(name: str | Path, device: str, dtype: str) -> tuple[Any, Any]:
     home = find_device(device)
     network, tokenizer = load_teacher(name, dtype=find_dtype(dtype))
     return network.to(home), tokenizer
+
+
+def _check_length(network: Any, prompt: int, new: int) -> None:
+    limit = learned_positions(network.config)
+    if limit is not None and prompt + new - 1 > limit:  # the last one is not read
+        raise InputError(
+            f"the prompt has {prompt} tokens and {new} are to follow, but the model has learned {limit} positions; "
+            "shorten either"
+        )
 
 
 def _ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
