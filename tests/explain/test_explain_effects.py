@@ -6,9 +6,12 @@ from tiny_families import ids, make
 from torch import nn
 
 from lineament import explain
+from lineament.explain.moved import How, moved
+from lineament.explain.places import Grid, values_at
 from lineament.explain.relevance import propagate
 from lineament.explain.restart import Restart
 from lineament.explain.rules import GRADIENT, RELP
+from lineament.graph import InDouble
 
 MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]
 
@@ -41,6 +44,27 @@ def test_every_estimate_is_exact_on_a_linear_model(method):
     ]
     for site in sites:
         torch.testing.assert_close(scores[0][site], scores[1][site], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["input_layernorm:input", "post_attention_layernorm:input", "post_attention_layernorm:stream", ":input",
+     "self_attn.q_proj:input", "self_attn.o_proj:input", "mlp:input", "mlp"],
+)  # fmt: skip
+def test_a_slope_at_a_place_is_that_of_patching_it_by_a_little(place):
+    """Others may read the same tensor: beside a norm goes the stream, beside the queries keys and values."""
+    site = f"model.layers.0.{place}".replace(".:", ":")
+    model, _, corrupt = llama()
+    with InDouble():
+        old = values_at(model, corrupt, [site])
+        step = torch.randn(old[site].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        moves = [{site: old[site] + size * step} for size in (1e-5, -1e-5)]
+        grid = Grid(("position",))
+        up, down = (moved(model, corrupt, old, new, difference, How("patch", grid))[site] for new in moves)
+        for method, exact in (("attribution", (up - down) / 2), ("integrated-gradients", up)):
+            found = moved(model, corrupt, old, moves[0], difference, How(method, grid))[site]
+            torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+    assert bool((up.abs() > 1e-7).any())
 
 
 @pytest.mark.parametrize("where", ["attention", "module"])

@@ -5,8 +5,7 @@ everyone else the old one, and from there on the change goes freely. Estimated (
 is <new - old, slope of the metric at what the reader receives>, all edges from one backward sweep.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from lineament._base.errors import InputError
 from lineament.explain.moved import ABLATIONS, RELP, SLOPES, How, Metric, ablated, patched, swept
-from lineament.explain.places import Grid, first_tensor, replaced, run
+from lineament.explain.places import Grid, apart, first_tensor, replaced, run
 from lineament.explain.recording import prepared
 from lineament.explain.restart import Restart
 from lineament.explain.wiring import Wiring, wiring
@@ -74,23 +73,14 @@ def reader_slopes(
     "integrated-gradients" is the mean gradient over the line between the embeddings of the base run and of `other`;
     "direct" is that of the last reader alone.
     """
-    with apart(model, at):
-        if how.method == "integrated-gradients":
+    places = [f"{reader.norm}:input" for reader in at.readers]
+    if how.method == "integrated-gradients":
+        with apart(model, places):
             return _mean_slopes(model, base, other, metric, at, how)
-        rules = RELP if how.method == "direct" else SLOPES[how.method]
-        places = [f"{reader.norm}:input" for reader in at.readers][-1 if how.method == "direct" else 0 :]
-        found = swept(model, base, metric, places, rules)
+    rules = RELP if how.method == "direct" else SLOPES[how.method]
+    found = swept(model, base, metric, places[-1 if how.method == "direct" else 0 :], rules)
     some = next(iter(found.values()))
-    return torch.stack([found.get(f"{reader.norm}:input", torch.zeros_like(some)) for reader in at.readers])
-
-
-@contextmanager
-def apart(model: nn.Module, at: Wiring) -> Iterator[None]:
-    """Give each reader a copy of the stream while the block runs, so that slopes at it are through it alone."""
-    with ExitStack() as hooks:
-        for reader in at.readers:
-            hooks.enter_context(replaced(model, f"{reader.norm}:input", lambda x: x.clone()))
-        yield
+    return torch.stack([found.get(place, torch.zeros_like(some)) for place in places])
 
 
 def _mean_slopes(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament._base.errors import InputError
-from lineament.explain.places import Grid, run
+from lineament.explain.places import Grid, apart, run
 from lineament.explain.recording import prepared
 from lineament.explain.relevance import propagate
 from lineament.explain.restart import Restart
@@ -143,10 +143,11 @@ def _slopes(
 def swept(
     model: nn.Module, base: Mapping[str, Any], metric: Metric, places: Sequence[Where], rules: Rules
 ) -> dict[str, Tensor]:
-    """Return the coefficients of a rule set at places."""
-    found = propagate(
-        model, base, target=metric, rules=rules, at=places, counting=False, coefficients_only=True
-    )  # fmt: skip
+    """Return the coefficients of a rule set at places; at what a module receives, those through it alone."""
+    with apart(model, places):
+        found = propagate(
+            model, base, target=metric, rules=rules, at=places, counting=False, coefficients_only=True
+        )  # fmt: skip
     return {name: parts[0] for name, parts in found.sweep.at.items()}
 
 

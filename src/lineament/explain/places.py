@@ -227,6 +227,20 @@ def replaced(model: nn.Module, site: str, change: Callable[[Tensor], Tensor]) ->
 
 
 @contextmanager
+def apart(model: nn.Module, places: Sequence[Where]) -> Iterator[None]:
+    """Give each module whose input is a place a copy of it while the block runs.
+
+    A slope at the place is then through this module alone, as a change of it by `replaced` is, where others read the
+    same tensor: the residual stream goes on beside a norm.
+    """
+    with ExitStack() as hooks:
+        for place in places:
+            if isinstance(place, str) and place.endswith(":input"):
+                hooks.enter_context(replaced(model, place, lambda x: x.clone()))
+        yield
+
+
+@contextmanager
 def _replaced_stream(model: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Change the stream between attention and MLP, through what attention adds to it: no module receives it alone."""
     adapter = adapter_for(model)
