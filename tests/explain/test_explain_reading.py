@@ -74,6 +74,32 @@ def test_a_picture_is_explained(classifier, capsys, tmp_path):
     assert found["unaccounted"] < 1e-4
 
 
+def test_paths_are_listed_drawn_and_written(decoder, capsys, tmp_path):
+    text = ["explain", decoder, "--text", "the capital of france is", "--target", "paris", "--paths", "3"]
+    assert run([*text, "--beam", "9", "--html", str(tmp_path / "why.html"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["paths"]
+    assert found["sites"] == ["input_ids", "a0", "m0", "a1", "m1"]
+    assert len(found["paths"]) == 3
+    assert not found["exact"]
+    assert "data:image/svg+xml;base64," in (tmp_path / "why.html").read_text()
+    assert run([*text, "--site", "model.layers.0", "--beam", "1000"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "paths to 'paris'; 15 were followed to the input, none given up" in out
+    assert "' is'@4 -> model.layers.0@4 ' is' -> 'paris'" in out
+    assert run([*text, "--site", "model.layer"]) == 2
+    assert run([*text, "--rules", "occlusion"]) == 2
+    assert "sends no messages" in capsys.readouterr().err
+
+
+def test_paths_of_a_picture(classifier, capsys, tmp_path):
+    model, picture = classifier
+    out = str(tmp_path / "why.html")
+    assert run(["explain", model, "--image", picture, "--paths", "4", "--html", out, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["paths"]
+    assert found["paths"][0]["nodes"][0]["site"] == "pixel_values"
+    assert len(found["paths"][0]["nodes"]) == 3  # each block is passed at one patch
+
+
 def test_coverage_is_listed(decoder, capsys):
     assert run(["coverage", decoder, "--text", "the capital", "--json"]) == 0
     assert all(row["covered"] for row in json.loads(capsys.readouterr().out))

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from lineament._base.errors import InputError
 from lineament.report import (
     Details,
+    Drawing,
     Evidence,
     HeatText,
     Picture,
@@ -126,6 +127,7 @@ def test_a_page_with_everything_is_whole_escaped_and_alone(tmp_path):
         [{EVIL: EVIL, "x": 1.0}],
         Rows([{"verdict": "pass"}, {"verdict": "miss"}], EVIL),
         Picture(png, EVIL, EVIL),
+        Drawing("<svg xmlns='http://www.w3.org/2000/svg'/>", EVIL, EVIL),
         Picture(png, "two", dark=draw("heatmap", dark=True)),
         Samples(EVIL, {EVIL: EVIL, "student": "x"}),
         Details(EVIL, [EVIL, Details("inner", ["deep"])]),
@@ -142,7 +144,7 @@ def test_a_page_with_everything_is_whole_escaped_and_alone(tmp_path):
     tags = [tag for tag, _ in outline.seen]
     assert "script" not in tags
     assert all(a["alt"] for tag, a in outline.seen if tag == "img")
-    assert not re.search(r'(?:src|href|srcset)="(?!data:image/png|#)', html)
+    assert not re.search(r'(?:src|href|srcset)="(?!data:image/(?:png|svg\+xml)|#)', html)
     assert "url(" not in html
     assert "@import" not in html
     links = {a["href"][1:] for tag, a in outline.seen if tag == "a"}
@@ -157,6 +159,8 @@ def test_a_page_with_everything_is_whole_escaped_and_alone(tmp_path):
     [
         (3, "can't show a int"),
         (Picture(b"GIF89a", "words"), "is not a PNG"),
+        (Drawing("<svg/>", " ", "cap"), "'cap' is no SVG or has no alt text"),
+        (Drawing("PNG", "words", "cap"), "is no SVG"),
         (Picture(b"\x89PNG\r\n\x1a\n", " ", "cap"), "'cap' has no alt text"),
     ],
 )

@@ -19,20 +19,28 @@ def explain(
     unknown: Annotated[
         str, typer.Option(help="For operators without a rule: raise, or vjp (their gradient; the ledger stays open).")
     ] = "raise",
+    paths: Annotated[int, typer.Option(min=0, help="How many of the largest paths of relevance to look for.")] = 0,
+    beam: Annotated[int, typer.Option(min=1, help="Ways followed at a time on the search for paths.")] = 64,
+    site: Annotated[
+        list[str] | None, typer.Option(help="What paths can pass, by module name or glob; else heads and MLPs.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the heat map here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the heat map here.")] = None,
     json: Json = False,
 ) -> None:
     """Show which words or places an output comes from, with a ledger of where relevance ended.
 
-    Example: lineament explain smollm2 --text "The capital of France is" --html why.html
+    Example: lineament explain smollm2 --text "The capital of France is" --paths 10 --html why.html
     """
     from lineament.cli.messages import answer, quiet, require_writable
+    from lineament.convert.progress import Progress
     from lineament.explain.reading import explain_image, explain_text
 
     require_writable(html, png)
     quiet()
-    found = _read(explain_text, explain_image, model, text, image, target, rules=rules, unknown=unknown)
+    with Progress() as progress:
+        routed = {"top": paths, "beam": beam, "sites": site or None, "said": progress.step} if paths else {}
+        found = _read(explain_text, explain_image, model, text, image, target, rules=rules, unknown=unknown, **routed)
     answer(found, json, html=html, png=png)
 
 

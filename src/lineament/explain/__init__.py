@@ -1,6 +1,8 @@
 """Explain a model: where an output comes from, by relevance on the operators of its autograd graph.
 
 - `relevance(model, inputs, *, target, rules, at, baseline) -> Relevance`: of inputs, of modules, with a ledger.
+- `paths(model, inputs, *, target, rules, sites, by, top, beam) -> Paths`: the chains of heads, MLPs, positions or
+  channels through which most of it flows; `PathsReading` draws them.
 - `Rules`, `RULES`: rule sets as values and by name; `Epsilon`, `Gamma`, `AlphaBeta`, `ZPlus`, `ZBox`, `Flat`, `WSquare`
   are rules of linear maps. `METHODS`: integrated gradients, SmoothGrad, occlusion, rollout.
 - `effects(model, clean, corrupt, metric, sites, *, method, by) -> Effects`: activation and path patching, ablations,
@@ -72,6 +74,8 @@ from lineament.explain.linear import AlphaBeta, Dynamic, Epsilon, Flat, Gamma, L
 from lineament.explain.methods import METHODS, DeepLift, IntegratedGradients, Occlusion, Rollout, SmoothGrad
 from lineament.explain.metrics import LogitDifference
 from lineament.explain.operators import OPERATORS
+from lineament.explain.paths import PathNode, Paths, RelevancePath, paths
+from lineament.explain.paths_reading import PathsReading
 from lineament.explain.patterns import Patterns, patterns
 from lineament.explain.quality import abpc, flip_curves, flipping, infidelity, sensitivity
 from lineament.explain.relevance import Relevance, relevance
@@ -110,9 +114,13 @@ __all__ = [
     "Linear",
     "LogitDifference",
     "Occlusion",
+    "PathNode",
+    "Paths",
+    "PathsReading",
     "Patterns",
     "Placed",
     "Relevance",
+    "RelevancePath",
     "Rollout",
     "Rules",
     "Scope",
@@ -155,6 +163,7 @@ __all__ = [
     "interchange",
     "into_feature",
     "layer_maps",
+    "paths",
     "patterns",
     "placed",
     "readout",

@@ -276,7 +276,7 @@ def _as_linear(s: "Step", position: int) -> Linear:
     """The map with its bias, and with what is added or normalised after it folded in."""
     w, apply, back = _weights(s, position)
     bias, z = _bias(s), s.result()
-    folded = s.sweep.folded.pop(s.index, None)
+    folded = s.sweep.folded.get(s.index)
     if folded is not None:
         w, bias, z = _folded(s, *folded, w, bias, z)
     return Linear(s.value(position), w, bias, z, apply, back)

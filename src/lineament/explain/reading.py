@@ -1,6 +1,6 @@
 """An explanation to read: a model by name and a text or picture in, tables, a page and heat maps out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from lineament._base.errors import InputError
 from lineament.data import going_on, pieces
 from lineament.explain.ledger import Ledger
 from lineament.explain.methods import method_of
+from lineament.explain.paths import Paths, paths
+from lineament.explain.paths_reading import PathsReading
 from lineament.explain.relevance import Relevance, check_length, relevance
 from lineament.explain.rules import rules_of
 from lineament.io import write_bytes
@@ -29,6 +31,7 @@ class Explained:
         pixels: relevance [Y, X] of a picture, summed over colours, with the `picture` in 0 to 1.
         heads: relevance of each attention head, a row per layer; empty where heads aren't known.
         ledger: where relevance ended.
+        paths: the chains of nodes it took, if asked for.
     """
 
     model: str
@@ -41,6 +44,13 @@ class Explained:
     pixels: Sequence[Sequence[float]] = ()
     picture: Any = None
     heads: Sequence[Sequence[float]] = field(default_factory=tuple)
+    paths: Paths | None = None
+
+    @property
+    def routes(self) -> PathsReading | None:
+        """The paths with words."""
+        words = {"input_ids": self.tokens} if len(self.tokens) else {}
+        return None if self.paths is None else PathsReading(self.paths, self.target, words)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the picture, for `json.dumps`."""
@@ -49,6 +59,7 @@ class Explained:
             "tokens": [{"token": t, "relevance": v} for t, v in zip(self.tokens, self.values, strict=True)],
             "pixels": [list(row) for row in self.pixels], "heads": [list(row) for row in self.heads],
             "ledger": self.ledger.columns, "unaccounted": self.ledger.unaccounted, "open": self.ledger.open,
+            **({"paths": self.paths.to_json()} if self.paths else {}),
         }  # fmt: skip
 
     def tables(self) -> list[Any]:
@@ -59,6 +70,7 @@ class Explained:
         ledger = [{k: v for k, v in row.items() if k != "what"} for row in self.ledger.rows() if row["relevance"]]
         found = [*([table(rows, title=title)] if rows else []), table(ledger, title=f"where {title} ended")]
         opened = [{"let through without a balance": line} for line in self.ledger.open]
+        found += [self.routes.table()] if self.routes else []
         return [*found, *([table(opened, title="the ledger is open: sums say nothing")] if opened else [])]
 
     def png(self, *, dark: bool = False) -> bytes:
@@ -91,6 +103,7 @@ class Explained:
             pictures = [heatmap(sizes, dark=dark, **options) for dark in (False, True)]
             alt = "Absolute relevance of every attention head, a row per layer"
             sections.append(Section("Heads", [Picture(pictures[0], alt, "What each head passed on.", pictures[1])]))
+        sections += [self.routes.section()] if self.routes else []
         opened = [Text(f"The ledger is open. {line}.") for line in self.ledger.open]
         sections.append(Section("Where relevance ended", [self.ledger.rows(), *opened]))
         return page(f"Why {self.model} says {self.target}", sections, path)
@@ -114,8 +127,9 @@ def text_of(model: str, text: str, target: str | None) -> tuple[Any, Any, Tensor
 
 
 def explain_text(
-    model: str, text: str, *, target: str | None = None, rules: Any = "auto", unknown: str = "raise"
-) -> Explained:
+    model: str, text: str, *, target: str | None = None, rules: Any = "auto", unknown: str = "raise",
+    **routed: Any,
+) -> Explained:  # fmt: skip
     """Explain the next token a language model gives a text.
 
     Args:
@@ -124,6 +138,7 @@ def explain_text(
         target: the word to explain (its first token); the likeliest if None.
         rules: as for `relevance`.
         unknown: what becomes of operators without a rule, as for `Rules`.
+        routed: `top` paths are looked for too, with the other options of `paths`; `said` is called with their progress.
 
     Raises:
         InputError: an empty text, or one longer than the model reads.
@@ -133,13 +148,25 @@ def explain_text(
     at, layers = _head_places(net)
     if method_of(rules) is not None:  # they explain inputs
         at = []
+    ways = _ways(net, {"input_ids": ids}, wanted, rules, **routed)
     found = relevance(net, {"input_ids": ids}, target=wanted, rules=rules, at=at or None)
     word = tokenizer.decode([wanted if wanted is not None else int(found.target.split()[-1])])
     return Explained(
         model=model, target=repr(word), value=float(found.value[0]), rules=found.rules, ledger=found.ledger,
         tokens=pieces(tokenizer, ids[0].tolist()), values=found.inputs["input_ids"][0].tolist(),
-        heads=_heads(net, found, layers) if at else (),
+        heads=_heads(net, found, layers) if at else (), paths=ways,
     )  # fmt: skip
+
+
+def _ways(
+    net: nn.Module, inputs: dict[str, Any], target: Any, rules: Any, *, top: int = 0,
+    said: Callable[[str, int, int], None] | None = None, **options: Any,
+) -> Paths | None:  # fmt: skip
+    """Look for paths, if any are wanted."""
+    if not top:
+        return None
+    tick = (lambda done, total: said("paths", done, total)) if said else None
+    return paths(net, inputs, target=target, rules=rules, top=top, tick=tick, **options)
 
 
 def _letting(rules: Any, unknown: str, net: nn.Module) -> Any:
@@ -168,28 +195,31 @@ def _heads(net: nn.Module, found: Relevance, layers: Sequence[str]) -> list[list
 
 
 def explain_image(
-    model: str, image: str | Path, *, target: int | None = None, rules: Any = "auto", unknown: str = "raise"
-) -> Explained:
+    model: str, image: str | Path, *, target: int | None = None, rules: Any = "auto", unknown: str = "raise",
+    **routed: Any,
+) -> Explained:  # fmt: skip
     """Explain the class an image classifier gives a picture.
 
     Args:
         model: folder or Hub name of a transformers image classifier.
         image: a picture file.
         target: a class number; the likeliest if None.
-        rules, unknown: as for `explain_text`.
+        rules, unknown, routed: as for `explain_text`.
 
     Raises:
         InputError: no such model, or no picture.
     """
     net, pixels, _ = picture_of(model, Path(image))
-    found = relevance(net, {"pixel_values": pixels}, target=target, rules=_letting(rules, unknown, net))
+    rules = _letting(rules, unknown, net)
+    ways = _ways(net, {"pixel_values": pixels}, target, rules, **routed)
+    found = relevance(net, {"pixel_values": pixels}, target=target, rules=rules)
     label = int(found.target.split()[-1])
     shown = pixels[0].permute(1, 2, 0)
     shown = (shown - shown.min()) / (shown.max() - shown.min()).clamp_min(1e-9)
     return Explained(
         model=model, target=str((net.config.id2label or {}).get(label, label)), value=float(found.value[0]),  # pyright: ignore[reportCallIssue]
         rules=found.rules, ledger=found.ledger, pixels=found.inputs["pixel_values"][0].sum(0).tolist(),
-        picture=shown.numpy(),
+        picture=shown.numpy(), paths=ways,
     )  # fmt: skip
 
 

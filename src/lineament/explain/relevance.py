@@ -1,6 +1,7 @@
 """`relevance`: which inputs, and which modules, an output of a model comes from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +115,16 @@ class Run:
     target: str
 
 
-def propagate(
+def propagate(model: nn.Module, inputs: Mapping[str, Any], **asked: Any) -> Run:
+    """Run the model and one sweep; what `relevance` and `effects` share. `asked`: as for `seeded`."""
+    with seeded(model, inputs, **asked) as run:
+        run.sweep.run()
+    run.sweep.ledger.inputs_absolute = run.sweep.ledger.columns.pop("inputs_absolute", 0.0)
+    return run
+
+
+@contextmanager
+def seeded(
     model: nn.Module,
     inputs: Mapping[str, Any],
     *,
@@ -123,8 +133,8 @@ def propagate(
     at: Sequence[Where] = (),
     counting: bool = True,
     coefficients_only: bool = False,
-) -> Run:
-    """Run the model and one sweep; what `relevance` and `effects` share."""
+) -> Iterator[Run]:
+    """Run the model and put the first message at its output; the sweep is to be run inside the block."""
     check_channels(rules, model)
     check_length(model, inputs)
     with prepared(model):
@@ -140,9 +150,7 @@ def propagate(
         recording.taps.clear()
         sweep.seed(0, k, seed)
         sweep.ledger.root = float(value.sum(dtype=torch.float64))
-        sweep.run()
-    sweep.ledger.inputs_absolute = sweep.ledger.columns.pop("inputs_absolute", 0.0)
-    return Run(sweep, value, words)
+        yield Run(sweep, value, words)
 
 
 def _check_numbers(inputs: Mapping[str, Any]) -> None:

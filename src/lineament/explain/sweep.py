@@ -139,11 +139,17 @@ class Sweep:
             for index in range(len(self.tape.nodes)):
                 messages = self.inbox.pop(index, None)
                 if messages:
-                    self._visit(Step(self, index, messages))
-                self.values.release(index)
+                    self.visit(Step(self, index, messages))
+                self.release(index)
         self.ledger.close()
 
-    def _visit(self, step: "Step") -> None:
+    def release(self, index: int) -> None:
+        """Let a node go that no message will reach any more."""
+        self.values.release(index)
+        self.folded.pop(index, None)
+
+    def visit(self, step: "Step") -> None:
+        """Hand on what arrived at a node."""
         index, tape = step.index, self.tape
         for k in list(step.messages):
             self._tap(step, k)

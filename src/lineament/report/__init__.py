@@ -6,11 +6,13 @@ from lineament.report.front import front
 from lineament.report.heat import HeatText, heat_image, heat_text
 from lineament.report.machine import machine, versions
 from lineament.report.network import network
-from lineament.report.page import Details, Picture, Rows, Samples, Section, Text, Tiles, page
+from lineament.report.page import Details, Drawing, Picture, Rows, Samples, Section, Text, Tiles, page
+from lineament.report.routes import routes
 from lineament.report.tables import table
 
 __all__ = [
     "Details",
+    "Drawing",
     "Evidence",
     "HeatText",
     "Picture",
@@ -28,6 +30,7 @@ __all__ = [
     "machine",
     "network",
     "page",
+    "routes",
     "table",
     "versions",
 ]

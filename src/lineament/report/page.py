@@ -51,6 +51,15 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """An SVG with the words for those who can't see it; it minds dark pages by itself."""
+
+    svg: str
+    alt: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Samples:
     """Texts side by side: what was given, and who went on how."""
 
@@ -82,7 +91,7 @@ def page(title: str, sections: Sequence[Any], path: str | Path, *, lead: str = "
     Args:
         title: of the page.
         sections: `Section`s, or parts directly: `Text` or a string, `Tiles`, `Rows` or a list of mappings, `Picture`,
-            `Samples`, `HeatText`, `Details`, `Evidence`.
+            `Drawing`, `Samples`, `HeatText`, `Details`, `Evidence`.
         path: the file; it appears complete or not at all.
         lead: a paragraph under the title.
         footer: the last line.
@@ -91,7 +100,7 @@ def page(title: str, sections: Sequence[Any], path: str | Path, *, lead: str = "
         The path.
 
     Raises:
-        InputError: a part of another kind, or a picture that is no PNG or has no words.
+        InputError: a part of another kind, or a picture that is no PNG (a drawing that is no SVG) or has no words.
 
     Example:
         >>> import tempfile
@@ -134,6 +143,8 @@ def _part(given: Any) -> dict[str, Any]:
             return _rows(given)
         case Picture():
             return _picture(given)
+        case Drawing():
+            return _drawing(given)
         case HeatText():
             return {"kind": "heat", "tokens": given.shades(), "caption": given.caption}
         case Samples():
@@ -144,7 +155,7 @@ def _part(given: Any) -> dict[str, Any]:
             return _evidence(given)
         case list() if all(isinstance(each, Mapping) for each in given):
             return _part(Rows(given))
-    expected = "text, rows, Tiles, Picture, Samples, Details, Evidence or Section"
+    expected = "text, rows, Tiles, Picture, Drawing, Samples, Details, Evidence or Section"
     raise InputError(f"a page can't show a {type(given).__name__}; expected {expected}")
 
 
@@ -181,6 +192,13 @@ def _picture(given: Picture) -> dict[str, Any]:
         "width": size[0],
         "height": size[1],
     }
+
+
+def _drawing(given: Drawing) -> dict[str, Any]:
+    if not given.alt.strip() or not given.svg.startswith("<svg"):
+        raise InputError(f"the drawing {given.caption!r} is no SVG or has no alt text; say in words what it shows")
+    svg = base64.b64encode(given.svg.encode()).decode()
+    return {"kind": "drawing", "alt": given.alt, "caption": given.caption, "svg": svg}
 
 
 def _evidence(given: Evidence) -> dict[str, Any]:
