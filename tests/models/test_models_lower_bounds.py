@@ -1,5 +1,11 @@
 """HGRN-2 in decoders: one table of lower bounds, counted over all layers, also in hybrids and after saving."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 
 from lineament._base.seeds import seeded
@@ -26,3 +32,18 @@ def test_a_hybrid_counts_all_its_layers_and_saves_one_table(tmp_path):
     before = model(ids).logits
     gates[0].bounds.logits[3] += 2.0  # a row that only upper layers sum
     assert not torch.equal(model(ids).logits, before)
+
+
+def test_a_decoder_sharded_by_blocks_gathers_its_table_for_every_block(tmp_path):
+    """Two gloo processes under accelerate's FSDP2 with its default units, against the whole model in one."""
+    worker, out = Path(__file__).with_name("sharded_bounds_worker.py"), tmp_path / "found.json"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = subprocess.run(
+        [sys.executable, *launch, str(worker), str(out)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr[-3000:]
+    for name, found in json.loads(out.read_text()).items():
+        assert found["table"] > 1e-6, name  # the table learns
+        assert found["units"] > 3, name  # blocks, not one unit
+        assert max(found["loss"], found["gradient"], found["weight"]) < 1e-12, (name, found)

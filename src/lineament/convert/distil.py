@@ -15,10 +15,12 @@ from lineament._base.seeds import generator, seeded
 from lineament.convert.divergence import distil_loss
 from lineament.convert.plan import Plan
 from lineament.convert.precision import autocast
+from lineament.convert.processes import any_process
 from lineament.convert.prompts import MakePrompts
 from lineament.convert.text import Corpus
 from lineament.convert.transfer import GATES
 from lineament.train import FitConfig, fit
+from lineament.train.sharded import is_sharded
 
 Batch = dict[str, Tensor]
 Batches = Callable[[int], Batch]
@@ -88,12 +90,14 @@ class Teacher:
         if self.folder is None or not self.top:
             return self._run(batch["ids"], keep)
         path = self.folder / f"{_name(batch['ids'])}.safetensors"
-        if not path.exists():
+        missing = not path.exists()
+        if any_process(missing) if is_sharded(self.model) else missing:  # a sharded model runs in all or in none
             full = self._run(batch["ids"], torch.arange(batch["ids"].shape[1] - 1, device=batch["ids"].device))
             logs = full.float().log_softmax(-1)
             best = logs.topk(min(self.top, logs.shape[-1]), dim=-1)
             held = {"values": best.values.half(), "indices": best.indices.int()}
-            io.save_tensors({name: one.cpu().contiguous() for name, one in held.items()}, path)
+            if missing:
+                io.save_tensors({name: one.cpu().contiguous() for name, one in held.items()}, path)
         found = io.open_weights(path)
         values, indices = found.load("values").float(), found.load("indices").long()
         return _spread(values[:, keep.cpu()], indices[:, keep.cpu()], self.vocabulary).to(batch["ids"].device)

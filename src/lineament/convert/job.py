@@ -9,6 +9,7 @@ from torch import nn
 from lineament.convert.inspect import ModelInfo
 from lineament.convert.plan import Plan
 from lineament.convert.precision import resolve
+from lineament.convert.processes import Sharding
 from lineament.convert.prompts import MakePrompts, prompt_maker
 from lineament.convert.text import Corpus, Documents, flat, make_corpus, require_length
 
@@ -19,7 +20,8 @@ class Job:
 
     Args:
         documents: {"train", "place", "test": {name: texts}}. name: the teacher's name as the user gave it.
-        card: text of the teacher's own model card, if it has one.
+        card: text of the teacher's own model card, if it has one. sharding: of both models while the student is
+            distilled; None leaves them whole.
     """
 
     plan: Plan
@@ -29,6 +31,7 @@ class Job:
     documents: Documents
     name: str
     card: str = ""
+    sharding: Sharding | None = None
     _corpora: dict[str, Corpus] = field(default_factory=dict, repr=False)
 
     @property

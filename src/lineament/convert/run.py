@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from lineament import io
@@ -20,6 +21,7 @@ from lineament.convert.parts import teacher_digest
 from lineament.convert.plan import Plan
 from lineament.convert.plans import plan as plan_named
 from lineament.convert.precision import denormals_flushed
+from lineament.convert.processes import is_main, join_processes, shared_folder, wait_for_all, whole_models
 from lineament.convert.progress import Progress
 from lineament.convert.text import load_documents
 from lineament.models.load import find_model
@@ -43,7 +45,8 @@ def run(
     Stages: damage (what stays softmax) -> inherit -> transfer -> distil -> extend -> evaluate -> save. Work happens
     in `OUT.partial`; `OUT` appears complete or not at all, and the same call goes on after a kill, ending with
     bit-identical weights on the same machine. Under `accelerate launch` every process trains on a batch of its own and
-    the gradients are averaged; a run must go on with as many processes as it began with.
+    the gradients are averaged; a run must go on with as many processes as it began with. With FSDP2, teacher and
+    student are sharded while the student is distilled.
 
     Args:
         model: a folder, a Hub name, a GGUF file, "smollm2", or (model, tokenizer) already loaded.
@@ -61,13 +64,23 @@ def run(
         InputError: the model, the plan, the dtype, the text or the folder won't do; nothing was made.
         KeyboardInterrupt: the step in progress was finished and saved; the same call goes on.
     """
-    stages.join_processes()
+    sharding = join_processes()
     plan, saved = plan_named(plan), None if dtype is None else find_dtype(dtype)
     if budget is not None:
         plan = plan.change({"budget": str(budget)})
     out = Path(out)
     if out.exists():
         raise InputError(f"{out} exists already; choose another folder or remove it")
+    with whole_models():
+        job = replace(_job(model, plan, out, saved), sharding=sharding)
+        with shared_folder(out, resume=resume, scratch=SCRATCH) as partial:
+            _same_work(partial / SCRATCH / "asked.json", job)
+            with Progress(quiet=not is_main()) as progress, denormals_flushed():
+                return convert_in(job, partial, partial / SCRATCH, progress)
+
+
+def _job(model: str | Path | tuple[Any, Any], plan: Plan, out: Path, saved: torch.dtype | None) -> Job:
+    """Check a plan on a model, load both with the text, and put the model where it computes."""
     require_fit(plan, look(model, weights=False), out)  # what a config says, before weights are fetched
     require_fit(plan, info := look(model), out)
     info = info if saved is None else replace(info, dtype=str(saved).removeprefix("torch."))
@@ -80,10 +93,7 @@ def run(
         card="" if isinstance(model, tuple) else card_in(find_model(model)),
     )  # fmt: skip
     job.require_text()
-    with stages.shared_folder(out, resume=resume, scratch=SCRATCH) as partial:
-        _same_work(partial / SCRATCH / "asked.json", job)
-        with Progress(quiet=not stages.is_main()) as progress, denormals_flushed():
-            return convert_in(job, partial, partial / SCRATCH, progress)
+    return job
 
 
 def convert_in(job: Job, partial: Path, work: Path, progress: Progress) -> Evidence:
@@ -110,9 +120,9 @@ def _same_work(path: Path, job: Job) -> None:
         "plan": job.plan.to_json(), "model": job.name, "weights": teacher_digest(job.teacher),
         "text": hashlib.sha256(text.encode()).hexdigest()[:32],
     }  # fmt: skip
-    if stages.is_main() and not path.exists():
+    if is_main() and not path.exists():
         io.write_json(path, asked)
-    stages.wait_for_all()
+    wait_for_all()
     before = json.loads(path.read_text(encoding="utf-8"))
     fields = sorted({*asked["plan"], *before["plan"]})
     changed = [one for one in fields if asked["plan"].get(one) != before["plan"].get(one)]

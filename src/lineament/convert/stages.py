@@ -1,21 +1,16 @@
 """The stages of a conversion. Each reads what the one before left, and leaves a file that a later run starts from."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from lineament import io
-from lineament._base.errors import InputError
 from lineament._base.seeds import seeded
 from lineament.convert import distil as distillation
 from lineament.convert import measure, select
@@ -29,6 +24,7 @@ from lineament.convert.job import Job
 from lineament.convert.parts import Parts, converted, lora_targets, parts, teacher_digest
 from lineament.convert.plan import Plan, parse_budget
 from lineament.convert.precision import autocast, resolve
+from lineament.convert.processes import any_process, in_shards, is_main, wait_for_all
 from lineament.convert.progress import Progress
 from lineament.convert.select import DamageTable, Heads
 from lineament.convert.thresholds import bar_of
@@ -38,49 +34,17 @@ from lineament.report import Evidence
 
 FEW = 10  # distillation steps; 5 were seen to gain nothing on prose
 
-PATIENCE = timedelta(hours=12)  # the others wait while the main process measures; NCCL alone would wait for minutes
-SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
+def _once(path: Path, make: Callable[[], None], *, together: bool = False) -> None:
+    """Let the main process make a file that is not there yet; all go on when it is.
 
-def join_processes() -> None:
-    """Join the processes of `accelerate launch`, before anything is loaded.
-
-    Raises:
-        InputError: they are to share out one model, where a conversion needs a whole one in each.
+    Args:
+        together: every process makes it, since models are sharded in it; `make` then lets the main process write.
     """
-    if any(os.environ.get(name, "").lower() in ("true", "1") for name in SHARDED):
-        raise InputError("a conversion keeps the whole model in every process; configure accelerate without FSDP, "
-                         "DeepSpeed and Megatron (accelerate launch --multi_gpu)")  # fmt: skip
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
-
-
-def is_main() -> bool:
-    """Say whether this process is the one that writes."""
-    return PartialState().is_main_process
-
-
-def wait_for_all() -> None:
-    """Wait until every process is here."""
-    PartialState().wait_for_everyone()
-
-
-@contextmanager
-def shared_folder(out: Path, *, resume: bool, scratch: str) -> Iterator[Path]:
-    """`io.building_folder` for the main process; the others wait until it stands, and again before it is renamed."""
-    if is_main():
-        with io.building_folder(out, resume=resume, scratch=scratch) as partial:
-            wait_for_all()
-            yield partial
-            wait_for_all()
-    else:
-        wait_for_all()
-        yield io.partial_path(out)
-        wait_for_all()
-
-
-def _once(path: Path, make: Callable[[], None]) -> None:
-    """Let the main process make a file that is not there yet; all go on when it is."""
-    if is_main() and not path.exists():
+    missing = not path.exists()
+    if together:
+        missing = any_process(missing)  # all have looked before one writes
+    if missing and (together or is_main()):
         make()
     wait_for_all()
 
@@ -235,9 +199,10 @@ def resolved(job: Job, student: nn.Module, work: Path, progress: Progress) -> Pl
             )
             if plan.distil != "none" and plan.distil_steps < FEW:
                 progress.note("so few may leave it no better than untrained window and sinks; a longer budget helps")
-        io.write_json(path, {"plan": plan.to_json(), "timing": timing.to_json() if timing else None})
+        if is_main():
+            io.write_json(path, {"plan": plan.to_json(), "timing": timing.to_json() if timing else None})
 
-    _once(path, make)
+    _once(path, make, together=job.sharding is not None)
     return Plan.from_json(json.loads(path.read_text(encoding="utf-8"))["plan"])
 
 
@@ -277,19 +242,20 @@ def distil_all(job: Job, student: nn.Module, work: Path, progress: Progress) -> 
         return student.eval().requires_grad_(False)
     cache = work / "teacher" if plan.teacher_topk else None
     model = distillation.learners(student, plan, lora_targets(student, plan.lora_targets))
-    teacher = distillation.Teacher(job.teacher, job.precision, cache, plan.teacher_topk)
-    offset, processes = 0, PartialState().num_processes
-    for name, count, lengths in steps:
-        if count:
-            progress.stage(
-                name, f"{count} steps at {'/'.join(map(str, lengths))} tokens, {plan.distil}, {job.precision}"
-            )
-            draw = transferring.side_by_side(draws(job, lengths, offset), len(lengths), processes)
-            distillation.distil(model, teacher, plan, draw, count, work / name, precision=job.precision)
-        offset += count * processes
+    offset, processes, device = 0, PartialState().num_processes, job.device
+    with in_shards(job.sharding, model, job.teacher, parts(job.teacher).layers, device) as (learner, guide):
+        teacher = distillation.Teacher(guide, job.precision, cache, plan.teacher_topk)
+        for name, count, lengths in steps:
+            if count:
+                progress.stage(
+                    name, f"{count} steps at {'/'.join(map(str, lengths))} tokens, {plan.distil}, {job.precision}"
+                )
+                draw = transferring.side_by_side(draws(job, lengths, offset), len(lengths), processes)
+                distillation.distil(learner, teacher, plan, draw, count, work / name, precision=job.precision)
+            offset += count * processes
     if cache is not None:
         progress.note(f"cache of the teacher's logits: {io.human_bytes(teacher.nbytes())}")
-    student = distillation.merged(model).eval().requires_grad_(False).to(job.device)
+    student = distillation.merged(model).eval().requires_grad_(False).to(device)
     _once(path, lambda: _save_distilled(student, path))
     return student
 

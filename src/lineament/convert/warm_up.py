@@ -11,6 +11,7 @@ from lineament.convert.draws import draws, pool_windows
 from lineament.convert.job import Job
 from lineament.convert.parts import converted, lora_targets, parts
 from lineament.convert.precision import autocast
+from lineament.convert.processes import in_shards
 from lineament.convert.progress import Clock
 from lineament.convert.transfer import LayerPool
 
@@ -64,10 +65,12 @@ def distil_seconds(job: Job, student: nn.Module) -> float:
         return 0.0
     model = distillation.learners(student, plan, lora_targets(student, plan.lora_targets))
     model.train()
-    teacher = distillation.Teacher(job.teacher, job.precision)
-    seconds = seconds_per_step(
-        model, distillation.make_loss(teacher, plan), draws(job, plan.distil_lengths),
-        context=lambda: autocast(job.precision, job.device), steps=lengths_in_turn(plan.distil_lengths),
-    )  # fmt: skip
+    device = job.device
+    with in_shards(job.sharding, model, job.teacher, parts(job.teacher).layers, device) as (learner, guide):
+        teacher = distillation.Teacher(guide, job.precision)
+        seconds = seconds_per_step(
+            learner, distillation.make_loss(teacher, plan), draws(job, plan.distil_lengths),
+            context=lambda: autocast(job.precision, device), steps=lengths_in_turn(plan.distil_lengths),
+        )  # fmt: skip
     distillation.unwrapped(model).eval()
     return seconds

@@ -163,7 +163,8 @@ class DecoderModel(DecoderPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderBlock(config, *layer) for layer in filling(config))
-        share_lower_bounds_(self)
+        if share_lower_bounds_(self):  # accelerate reads FSDP's units here: the table is gathered for every block
+            self._no_split_modules = [*(self._no_split_modules or ()), "LowerBounds"]
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

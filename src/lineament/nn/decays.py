@@ -48,7 +48,8 @@ class GatedLinear(Recurrent):
 class LowerBounds(nn.Module):
     """How much each layer may not forget: `gamma_l = sum_{0 < i <= l} softmax(Gamma)_i`, 0 at the bottom, rising.
 
-    One table serves a model (`share_lower_bounds_`); its row is the absolute layer index, also in hybrids.
+    One table serves a model (`share_lower_bounds_`); its row is the absolute layer index, also in hybrids. Every layer
+    calls this module, so that FSDP may gather the table for each: as a unit of its own, not as part of a block's.
 
     Args:
         layers, width: L and the channels of a layer.
@@ -97,11 +98,12 @@ def bounded_forget(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.logaddexp(bound.log(), torch.log1p(-bound) + logsigmoid(z)), (1 - bound) * torch.sigmoid(-z)
 
 
-def share_lower_bounds_(model: nn.Module) -> None:
-    """Let all forget gates of a model use one table: that of the first."""
+def share_lower_bounds_(model: nn.Module) -> bool:
+    """Let all forget gates of a model use one table, that of the first; say whether there is one."""
     gates = [module for module in model.modules() if isinstance(module, ForgetGate)]
     for gate in gates[1:]:
         gate.bounds, gate.borrowed = None, (gates[0].bounds,)
+    return bool(gates)
 
 
 class HGRN2(Recurrent):

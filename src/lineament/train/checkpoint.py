@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lineament import io
 from lineament._base.errors import InputError
+from lineament.train.sharded import full, shard_like
 
 FILE, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 
@@ -52,8 +53,13 @@ def save(
     buffers: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     digest: str,
+    *,
+    writes: bool = True,
 ) -> None:
-    """Write all that training goes on from after `step` steps; the former file stays until the new one is whole."""
+    """Write all that training goes on from after `step` steps; the former file stays until the new one is whole.
+
+    Of sharded parameters every process must call it, since they are gathered; one of them `writes`.
+    """
     tensors = {f"parameter:{name}": p.detach() for name, p in parameters.items()}
     tensors |= {f"buffer:{name}": b for name, b in buffers.items()}
     for name, p in parameters.items():
@@ -62,8 +68,13 @@ def save(
                 tensors[f"state:{key}:{name}"] = torch.as_tensor(value)
     generators, others = random_states()
     tensors |= {f"random:{name}": state for name, state in generators.items()}
-    saved = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    io.save_tensors(saved, folder / FILE, metadata={"step": str(step), "config": digest, "random": others})
+    saved = {}
+    for name, tensor in tensors.items():
+        whole = full(tensor.detach())
+        if writes:
+            saved[name] = whole.to("cpu").contiguous().clone()
+    if writes:
+        io.save_tensors(saved, folder / FILE, metadata={"step": str(step), "config": digest, "random": others})
 
 
 def load(
@@ -93,7 +104,7 @@ def load(
         for entry in weights.names:
             kind, _, rest = entry.partition(":")
             if kind == "parameter":
-                parameters[rest].copy_(weights.load(entry))
+                parameters[rest].copy_(shard_like(weights.load(entry), parameters[rest]))
             elif kind == "buffer":
                 buffers[rest].copy_(weights.load(entry))
             elif kind == "random":
@@ -102,7 +113,7 @@ def load(
                 key, _, name = rest.partition(":")
                 value = weights.load(entry)
                 p = parameters[name]
-                optimizer.state[p][key] = value if value.dim() == 0 else value.to(p.device)
+                optimizer.state[p][key] = value if value.dim() == 0 else shard_like(value, p)
     restore_random_states(generators, weights.metadata["random"])
     return int(weights.metadata["step"])
 

@@ -24,6 +24,7 @@ from lineament.train import checkpoint
 from lineament.train.config import FitConfig
 from lineament.train.kar3 import Kar3
 from lineament.train.several import Several
+from lineament.train.sharded import full, is_sharded
 
 Batches = Callable[[int], Any]
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, float]]]
@@ -59,7 +60,8 @@ def fit(
     """Train the parameters of a model that require a gradient, in place.
 
     Args:
-        model: any module, in the mode it shall train in.
+        model: any module, in the mode it shall train in. Of a sharded one (`train.sharded`) a loss may only call the
+            model itself, and the checkpoint holds whole tensors: it goes on with any number of processes.
         batches: index -> batch; `config.accumulate` consecutive indices make one step. A function of the index, so
             that a run goes on exactly where it was. Processes share a step's batches, or a batch's rows.
         loss: (model, batch) -> (scalar, named numbers); gets the bare model, also where several processes train it.
@@ -121,14 +123,17 @@ class _Run:
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.parameters = {names[p]: p for group in groups for p in group["params"]}
         self.buffers = checkpoint.persistent_buffers(model)
-        self.lesson, self.wrapped = accelerator.prepare(_Lesson(model, loss), optimizer)
+        sharded, kind = is_sharded(model), accelerator.distributed_type.value
+        self.lesson, self.wrapped = _Lesson(model, loss), optimizer
+        if not sharded:  # which averages its gradients by itself
+            self.lesson, self.wrapped = accelerator.prepare(self.lesson, optimizer)
         self.optimizer, self.backward = optimizer, accelerator.backward
         scaled = accelerator.scaler is not None or accelerator.gradient_accumulation_steps != 1
-        self.alone = accelerator.distributed_type.value == "NO" and not scaled
+        self.alone = sharded or (kind == "NO" and not scaled)
         if self.alone:  # then accelerate would only search, at every step, for packages that aren't there
             self.wrapped, self.backward = optimizer, Tensor.backward
-        # sharded parameters can't be saved by name; such a run is not resumable in the middle
-        self.by_name = accelerator.distributed_type.value in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")
+        # what accelerate shards can't be saved by name; such a run is not resumable in the middle
+        self.by_name = sharded or kind in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")
 
     @property
     def digest(self) -> str:
@@ -185,8 +190,8 @@ class _Run:
         if not self.alone:
             return float(self.accelerator.clip_grad_norm_(learning, limit))  # pyright: ignore[reportArgumentType]
         if math.isinf(limit):
-            return float(nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
-        return float(nn.utils.clip_grad_norm_(learning, limit))
+            return float(full(nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])))
+        return float(full(nn.utils.clip_grad_norm_(learning, limit)))
 
     def _averaged(self, numbers: dict[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
@@ -211,8 +216,9 @@ class _Run:
 
     def save(self, step: int) -> None:
         """Replace the checkpoint by one after `step` steps."""
-        if self.out is not None and self.by_name and self.accelerator.is_main_process:
-            checkpoint.save(self.out, step, self.parameters, self.buffers, self.optimizer, self.digest)
+        if self.out is not None and self.by_name:
+            held = (self.parameters, self.buffers, self.optimizer, self.digest)
+            checkpoint.save(self.out, step, *held, writes=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
 
 
