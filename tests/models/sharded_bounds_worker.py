@@ -1,4 +1,4 @@
-"""One of two processes of test_models_lower_bounds.py: HGRN decoders sharded by blocks, as by accelerate (FSDP2).
+"""One of two processes of test_models_lower_bounds.py: HGRN decoders sharded in the units that accelerate picks.
 
 python sharded_bounds_worker.py OUT.json     (under torchrun's environment)
 """
@@ -7,13 +7,16 @@ import json
 import sys
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy, get_module_children_bottom_up
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lineament._base.seeds import seeded
 from lineament.models import DecoderForCausalLM, decoder_config
+from lineament.train import sharded
+from lineament.train.sharded import full
 
 
 def models():
@@ -30,57 +33,57 @@ def loss_of(model, ids):
     return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def errors(model, accelerator):
-    """The largest errors of loss, gradients and of the weights after two steps, against the whole model's."""
-    rows = torch.randint(0, 13, (accelerator.num_processes, 11), generator=torch.Generator().manual_seed(0))
+def units(model):
+    """The modules that accelerate shards by default under TRANSFORMER_BASED_WRAP, inner ones first."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    assert policy is not None
+    return [module for module in get_module_children_bottom_up(model)[:-1] if policy(module)]
+
+
+def trained(model, rows):
+    """Losses and the last gradients of two steps."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = loss_of(model, rows)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), {name: p.grad for name, p in model.named_parameters()}
+
+
+def errors(model):
+    """The largest errors of losses, gradients and weights of the sharded model, against the whole one."""
+    state = PartialState()
+    rows = torch.randint(0, 13, (state.num_processes, 11), generator=torch.Generator().manual_seed(0))
     for name, p in model.named_parameters():
         if "bounds" in name:
             torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
-    expected, gradients, start = [], {}, {k: v.clone() for k, v in model.state_dict().items()}
-    alone = torch.optim.SGD(model.parameters(), lr=0.5)
-    for _ in range(2):
-        alone.zero_grad()
-        loss = loss_of(model, rows)
-        loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        alone.step()
-        expected.append(loss.item())
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.load_state_dict(start)
-    alone.zero_grad()
-
-    twin, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
-    found = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss = loss_of(twin, rows[accelerator.process_index][None])
-        loss.backward()
-        optimizer.step()
-        found.append(accelerator.reduce(loss.detach(), "mean").item())
-    named = dict(twin.named_parameters())
+    parts = units(model)
+    twin = sharded(model, parts, torch.device("cpu"))
+    expected, gradients = trained(model, rows)
+    found, shards = trained(twin, rows[state.process_index][None])
+    torch.distributed.all_reduce(found)
+    whole = dict(model.named_parameters())
     return {
-        "loss": max(abs(a - b) for a, b in zip(expected, found, strict=True)),
-        "gradient": max(float((p.grad.full_tensor() - gradients[n]).abs().max()) for n, p in named.items()),
-        "weight": max(float((p.detach().full_tensor() - weights[n]).abs().max()) for n, p in named.items()),
-        "table": min(float(g.abs().max()) for n, g in gradients.items() if "bounds" in n),
-        "units": sum(type(module).__name__.startswith("FSDP") for module in twin.modules()),
+        "loss": float((found / state.num_processes - expected).abs().max()),
+        "gradient": max(float((full(shards[name]) - gradients[name]).abs().max()) for name in whole),
+        "weight": max(float((full(p.detach()) - whole[name]).abs().max()) for name, p in twin.named_parameters()),
+        "table": min(float(g.abs().max()) for name, g in gradients.items() if "bounds" in name),
+        "units": sorted({type(part).__name__ for part in parts}),
     }
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    results = {}
+    PartialState(cpu=True)
     with seeded(0):
-        built = list(models())
-    for name, model in built:
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-        results[name] = errors(model.double().train(), accelerator)
-        accelerator.free_memory()
-    if accelerator.is_main_process:
+        results = {name: errors(model.double().train()) for name, model in models()}
+    if PartialState().is_main_process:
         with open(sys.argv[1], "w", encoding="utf-8") as out:
             json.dump(results, out)
-    accelerator.end_training()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

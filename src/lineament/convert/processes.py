@@ -15,7 +15,7 @@ from torch import nn
 
 from lineament import io
 from lineament._base.errors import InputError
-from lineament.train.sharded import gather_, sharded
+from lineament.train import gather_, sharded
 
 PATIENCE = timedelta(hours=12)  # the others wait while the main process measures; NCCL alone would wait for minutes
 REFUSED = {

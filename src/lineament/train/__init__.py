@@ -3,6 +3,7 @@
 from lineament.train.config import OPTIMIZERS, SCHEDULES, FitConfig
 from lineament.train.kar3 import Kar3
 from lineament.train.loop import Fitted, TrainingError, fit, to_device
+from lineament.train.sharded import gather_, sharded
 from lineament.train.sweep import SweepError, finished, sweep
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "TrainingError",
     "finished",
     "fit",
+    "gather_",
+    "sharded",
     "sweep",
     "to_device",
 ]

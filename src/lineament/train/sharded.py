@@ -18,8 +18,8 @@ def sharded(model: nn.Module, units: Iterable[nn.Module], device: torch.device, 
 
     Args:
         model: whole and the same in every process; tied weights stay tied.
-        units: modules inside the model whose weights are gathered together, such as its decoder layers; what is left
-            is one unit more.
+        units: modules inside the model whose weights are gathered together, such as its decoder layers; of nested
+            ones the inner first. What is left is one unit more.
         device: where the parts go. reshard: give a unit's weights back after its forward, and gather them again.
 
     Raises:
