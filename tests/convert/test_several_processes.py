@@ -75,11 +75,11 @@ def losses(partial, name):
     return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def assert_same_student(ours, theirs):
+def assert_same_student(ours, theirs, atol=1e-5):
     ours, theirs = open_weights(ours), open_weights(theirs)
     assert ours.names == theirs.names
     for name in ours.names:
-        torch.testing.assert_close(ours.load(name), theirs.load(name), atol=1e-5, rtol=0, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(ours.load(name), theirs.load(name), atol=atol, rtol=0, msg=lambda m, n=name: n + m)
 
 
 DDP = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port")
@@ -104,11 +104,15 @@ def test_two_processes_make_the_student_of_one_that_takes_both_batches(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes",
-    [{"distil": "lora", "teacher_topk": 8}, {"distil": "full"}],
+    ("changes", "atol"),
+    [
+        ({"distil": "lora", "teacher_topk": 8}, 1e-6),  # measured: 0
+        # measured: 1.7e-5, a gate; the norm that clips is summed by shards, and Adam moves gates by 0.05 a step
+        ({"distil": "full"}, 1e-4),
+    ],
     ids=["lora, logits cached", "full"],
 )
-def test_two_processes_with_sharded_models_make_the_student_of_one_also_after_a_kill(tmp_path, monkeypatch, changes):
+def test_two_sharded_processes_make_the_student_of_one_also_after_a_kill(tmp_path, monkeypatch, changes, atol):
     teacher = teacher_folder(tmp_path / "teacher", tie_word_embeddings=changes["distil"] == "lora")
     text, out = text_folder(tmp_path / "text"), tmp_path / "two"
     plan = tiny_plan(
@@ -130,4 +134,16 @@ def test_two_processes_with_sharded_models_make_the_student_of_one_also_after_a_
     alone = as_one_process(monkeypatch, teacher, plan, tmp_path / "one")
     assert before["distil"] == pytest.approx(alone["distil"], abs=1e-5)
     assert before["extend"] == pytest.approx(alone["extend"][: len(before["extend"])], abs=1e-5)
-    assert_same_student(out, tmp_path / "one")
+    assert_same_student(out, tmp_path / "one", atol)
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_turn_a_budget_into_steps_that_both_measured(tmp_path):
+    teacher, text = teacher_folder(tmp_path / "teacher"), text_folder(tmp_path / "text")
+    plan = tiny_plan(text, budget="2", transfer_steps=2, evaluate_tokens=0)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    words, env = launched(tmp_path / "two", *FSDP, teacher=teacher, plan=tmp_path / "plan.json")
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("distillation steps") == 1  # said once
+    assert json.loads((tmp_path / "two" / "plan.json").read_text())["distil_steps"] >= 2

@@ -65,7 +65,7 @@ def errors(model):
     expected, gradients = trained(model, rows)
     found, shards = trained(twin, rows[state.process_index][None])
     torch.distributed.all_reduce(found)
-    whole = dict(model.named_parameters())
+    whole = {name: p.detach() for name, p in model.named_parameters()}
     return {
         "loss": float((found / state.num_processes - expected).abs().max()),
         "gradient": max(float((full(shards[name]) - gradients[name]).abs().max()) for name in whole),

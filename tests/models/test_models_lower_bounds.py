@@ -46,4 +46,5 @@ def test_a_decoder_sharded_by_blocks_gathers_its_table_for_every_block(tmp_path)
     for name, found in json.loads(out.read_text()).items():
         assert found["table"] > 1e-6, name  # the table learns
         assert found["units"] == (["FlaBlock"] if name == "fla" else ["DecoderBlock", "LowerBounds"])
-        assert max(found["loss"], found["gradient"], found["weight"]) < 1e-12, (name, found)
+        limit = 1e-8 if name == "fla" else 1e-12  # fla's table is summed in float32
+        assert max(found["loss"], found["gradient"], found["weight"]) < limit, (name, found)

@@ -124,6 +124,7 @@ class FlaModel(DecoderModel):
 class FlaForCausalLM(DecoderForCausalLM):
     """A decoder of fla's with its language-model head."""
 
+    _no_split_modules = ["FlaBlock"]  # noqa: RUF012 (transformers reads it so)
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012 (transformers reads it so)
     _input_embed_layer = "embeddings"
 
