@@ -21,9 +21,9 @@ from lineament.train.sharded import full
 
 def models():
     """Decoders in which several blocks read one table of lower bounds."""
-    shape = {"vocab_size": 13, "width": 16, "heads": 2}
-    yield "hgrn", DecoderForCausalLM(decoder_config("hgrn", layers=3, **shape))
-    yield "hybrid", DecoderForCausalLM(decoder_config("hgrn2", ratio="1:1", layers=6, **shape))
+    yield "hgrn", DecoderForCausalLM(decoder_config("hgrn", vocab_size=13, width=16, layers=3, heads=2))
+    hybrid = decoder_config("hgrn2", ratio="1:1", vocab_size=13, width=16, layers=6, heads=2)
+    yield "hybrid", DecoderForCausalLM(hybrid)
     fla = {"vocab_size": 13, "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 24, "expand_ratio": 8}
     yield "fla", AutoModelForCausalLM.from_config(AutoConfig.for_model("hgrn2", **fla))
 
