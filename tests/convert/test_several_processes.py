@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from convert_helpers import teacher_folder, text_folder, tiny_plan
+from convert_helpers import teacher_folder, text_folder, tiny_llama, tiny_plan, tiny_tokenizer
 
 from lineament._base.errors import InputError
 from lineament.convert import distil, processes, run, stages, transfer
@@ -41,6 +41,16 @@ def test_what_a_conversion_cannot_follow_is_refused_before_anything_is_looked_at
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=said):
         run(tmp_path / "nowhere", "default", tmp_path / "student")
+
+
+def test_a_quantised_teacher_is_refused_under_fsdp_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[run.__module__], "join_processes", processes.Sharding)
+    model = tiny_llama()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight .*int8.* can't be sharded"):
+        run((model, tiny_tokenizer()), tiny_plan(text_folder(tmp_path / "text")), tmp_path / "student")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
 
 
 def launched(out, *command, teacher, plan):

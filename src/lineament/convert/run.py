@@ -27,6 +27,7 @@ from lineament.convert.text import load_documents
 from lineament.models.load import find_model
 from lineament.models.place import find_dtype
 from lineament.report import Evidence
+from lineament.train.sharded import require_shardable
 
 SCRATCH = "work"
 
@@ -73,6 +74,8 @@ def run(
         raise InputError(f"{out} exists already; choose another folder or remove it")
     with whole_models():
         job = replace(_job(model, plan, out, saved), sharding=sharding)
+        if sharding is not None:
+            require_shardable(job.teacher)  # now, not after hours of transfer
         with shared_folder(out, resume=resume, scratch=SCRATCH) as partial:
             _same_work(partial / SCRATCH / "asked.json", job)
             with Progress(quiet=not is_main()) as progress, denormals_flushed():

@@ -31,10 +31,7 @@ def sharded(model: nn.Module, units: Iterable[nn.Module], device: torch.device, 
 
     if not dist.is_initialized():
         raise InputError("sharding needs several processes; start with accelerate launch or torchrun")
-    for name, p in model.named_parameters():
-        if type(p) is not nn.Parameter or not p.is_floating_point() or not p.dim():
-            raise InputError(f"{name} ({type(p).__name__}, {p.dtype}, {list(p.shape)}) can't be sharded: FSDP takes "
-                             "plain floating-point weights with an axis")  # fmt: skip
+    require_shardable(model)
     if len(learning := {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}) > 1:
         raise InputError(f"weights that learn are {' and '.join(sorted(learning))}; FSDP needs one dtype, load the "
                          "model in float32")  # fmt: skip
@@ -48,6 +45,14 @@ def sharded(model: nn.Module, units: Iterable[nn.Module], device: torch.device, 
     for part in [*parts, model]:
         fully_shard(memo[id(part)], **how)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return twin
+
+
+def require_shardable(model: nn.Module) -> None:
+    """Raise InputError for the first weight that FSDP can't cut, such as a quantised one."""
+    for name, p in model.named_parameters():
+        if type(p) is not nn.Parameter or not p.is_floating_point() or not p.dim():
+            raise InputError(f"{name} ({type(p).__name__}, {p.dtype}, {list(p.shape)}) can't be sharded: FSDP takes "
+                             "plain floating-point weights with an axis")  # fmt: skip
 
 
 @torch.no_grad()
