@@ -46,8 +46,8 @@ def test_what_a_conversion_cannot_follow_is_refused_before_anything_is_looked_at
 def test_a_quantised_teacher_is_refused_under_fsdp_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[run.__module__], "join_processes", processes.Sharding)
     model = tiny_llama()
-    weight = model.model.layers[1].mlp.up_proj.weight
-    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    model.get_submodule("model.layers.1.mlp.up_proj").register_parameter("weight", weight)
     with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight .*int8.* can't be sharded"):
         run((model, tiny_tokenizer()), tiny_plan(text_folder(tmp_path / "text")), tmp_path / "student")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
