@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 
 import pytest
 import torch
@@ -190,11 +189,10 @@ def test_the_vocabulary_can_grow(tied):
 
 
 @pytest.mark.parametrize("family", FLA)
-def test_a_model_in_training_can_be_copied_and_pickled(family):
+def test_a_model_in_training_can_be_copied(family):
     model, text = fla_model(family), ids()
     model(text, labels=text).loss.backward()
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(other(text).logits, model(text).logits)
+    torch.testing.assert_close(copy.deepcopy(model)(text).logits, model(text).logits)
 
 
 def test_what_is_not_read_is_refused():
