@@ -1,7 +1,7 @@
 """Convert the embedded model by our plan and by its controls, equally long, and put the students side by side.
 
     python benchmarks/recipes.py --quick           # two steps of each kind, to see that everything runs
-    python benchmarks/recipes.py --small           # ten and eight steps at 1024 tokens: two hours on two slow cores
+    python benchmarks/recipes.py --small           # ten and eight steps at 1024 tokens: hours on two slow cores
     python benchmarks/recipes.py --budget 15min --json FILE
 
 Each control changes one thing. The constant map is a gated running mean of the far values: what a learned map must

@@ -43,7 +43,7 @@ def convert(
     from lineament import convert as room
     from lineament._base.errors import InputError
     from lineament.cli.messages import name_and_value, print_json, quiet, show
-    from lineament.convert.stages import is_main
+    from lineament.convert.processes import is_main
 
     quiet()
     changes = dict(name_and_value(pair, "set") for pair in set_ or [])

@@ -21,6 +21,7 @@ from lineament.convert.thresholds import CACHE_CONTEXT, Bar, undecided, verdict
 from lineament.data import windows
 from lineament.graph import swapped
 from lineament.models.adapters import learned_positions
+from lineament.models.student import build_student
 from lineament.nn import build
 from lineament.report import Evidence
 from lineament.report.tables import table
@@ -60,6 +61,19 @@ def state_off(student: nn.Module) -> Iterator[nn.Module | None]:
     silent = {name: build(replace(mixer.config, kind="softmax-window", options={})) for name, mixer in found.items()}
     with swapped(student, silent):
         yield student
+
+
+def untrained_window(teacher: nn.Module, student: nn.Module) -> nn.Module | None:
+    """Return window + sinks with a student's softmax heads and its teacher's own weights, the second baseline.
+
+    None when the student has no window and no sinks, or is that baseline itself.
+    """
+    configs = {mixer.layer: mixer.config for mixer in converted(student).values()}
+    kinds = {config.kind for config in configs.values()}
+    if kinds <= {"softmax-window"} or not all(one.window or one.sinks for one in configs.values()):
+        return None
+    bare = {layer: replace(one, kind="softmax-window", options={}) for layer, one in configs.items()}
+    return build_student(teacher, bare, share=True)
 
 
 def evaluate(

@@ -176,7 +176,7 @@ def evaluate_folder(
     Raises:
         InputError: no teacher is known, a length below 2, no such device or dtype, or a folder can't be read.
     """
-    from lineament.convert.evaluate import cost_rows, evaluate
+    from lineament.convert.evaluate import cost_rows, evaluate, untrained_window
 
     if wrong := [length for length in lengths if length < 2]:
         raise InputError(f"length {wrong[0]}: expected a context of at least 2 tokens")
@@ -196,7 +196,7 @@ def evaluate_folder(
         evidence = evaluate(
             ours, theirs, tokenizer, texts=load_documents(names)["test"], tokens=tokens, prompts=prompts, speed=speed,
             lengths=lengths, bar=bar, seed=seed, precision=precision, on_row=on_row,
-            untrained=_untrained(theirs, ours, plan), folder=Path(folder) if folder else None,
+            untrained=untrained_window(theirs, ours), folder=Path(folder) if folder else None,
         )  # fmt: skip
     evidence = _with_lm_eval(evidence, ours, tokenizer, lm_eval_tasks) if lm_eval_tasks else evidence
     if page is not None:
@@ -222,17 +222,6 @@ def _with_costs(student: Path, costs: Sequence[Any]) -> Evidence:
 def _about(student: Path) -> dict[str, Any]:
     path = student / "lineament.json"
     return io.read_json(path) if path.is_file() else {}
-
-
-def _untrained(teacher: nn.Module, student: nn.Module, plan: Plan | None) -> nn.Module | None:
-    """Return window + sinks with the student's softmax heads and the teacher's weights; None when it has no window."""
-    from lineament.convert.parts import converted
-    from lineament.models.student import build_student
-
-    if plan is None or not plan.window + plan.sinks or plan.mixer == "softmax-window" or not converted(student):
-        return None
-    configs = {one.layer: replace(one.config, kind="softmax-window", options={}) for one in converted(student).values()}
-    return build_student(teacher, configs, share=True)
 
 
 def _with_lm_eval(evidence: Evidence, model: nn.Module, tokenizer: Any, tasks: Sequence[str]) -> Evidence:

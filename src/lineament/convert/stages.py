@@ -18,7 +18,7 @@ from lineament.convert import transfer as transferring
 from lineament.convert.budget import resolve_budget
 from lineament.convert.card import licence_of, model_card
 from lineament.convert.draws import draws, pool_windows
-from lineament.convert.evaluate import evaluate
+from lineament.convert.evaluate import evaluate, untrained_window
 from lineament.convert.inherit import calibrate, mixer_configs
 from lineament.convert.job import Job
 from lineament.convert.parts import Parts, converted, lora_targets, parts, teacher_digest
@@ -287,13 +287,10 @@ def evaluation(job: Job, student: nn.Module, full: Heads, work: Path, progress: 
         if not plan.evaluate_tokens:
             io.write_json(path, _unmeasured(plan).to_json())
             return
-        untrained = None
-        if converted(student) and plan.window + plan.sinks and plan.mixer != "softmax-window":
-            bare = plan.change({"mixer": "softmax-window", "options": {}, "state_share": 0.0})
-            untrained = build_student(job.teacher, mixer_configs(bare, parts(job.teacher).shapes, full), share=True)
         limit = job.info.positions or max(plan.evaluate_lengths)
         evidence = evaluate(
-            student, job.teacher, job.tokenizer, texts=job.documents["test"], untrained=untrained, bar=bar_of(plan),
+            student, job.teacher, job.tokenizer, texts=job.documents["test"], bar=bar_of(plan),
+            untrained=untrained_window(job.teacher, student),
             lengths=[n for n in plan.evaluate_lengths if n <= limit], tokens=plan.evaluate_tokens,
             prompts=plan.evaluate_prompts, seed=plan.seed, precision=plan.evaluate_precision,
             on_row=lambda row: progress.note(say_row(row)), folder=work / "scores",
