@@ -9,7 +9,15 @@ from lineament.convert.inherit import calibrate, mixer_configs
 from lineament.convert.parts import converted, parts
 from lineament.convert.plan import Plan
 from lineament.convert.select import DamageTable, allotted_codes
-from lineament.convert.transfer import ANSWER_WEIGHT, attention_kl, pooled_layers, scored_rows, transfer
+from lineament.convert.transfer import (
+    ANSWER_WEIGHT,
+    attention_kl,
+    pool_batches,
+    pooled_layers,
+    scored_rows,
+    transfer,
+    transfer_loss,
+)
 from lineament.models import build_student
 from lineament.tasks.cost import cache_bytes
 
@@ -89,6 +97,25 @@ def test_queries_that_look_for_an_answer_are_always_compared():
     assert weight[0, [rows.tolist().index(i) for i in (39, 40, 41)]].tolist() == [ANSWER_WEIGHT] * 3
     assert weight[1].eq(1).all()
     assert torch.equal(scored_rows(plan(transfer_positions=10), answers, step=3)[0], rows)
+
+
+def test_sinks_count_as_far_in_every_so_many_steps_of_a_length():
+    own = plan(transfer_loss="attention-kl", transfer_far_sinks=3, transfer_lengths=(48, 96))
+    _, _, fillings, pools, _ = student_and_pools(own)
+    calibrate(fillings[0], pools[0], window=8, sinks=2, sink_code=True)
+    batches = pool_batches(pools[0], own)
+    assert [step for step in range(12) if "sinks" in batches(step)] == [4, 5, 10, 11]
+    loss, batch = transfer_loss("attention-kl"), batches(4)
+    with torch.no_grad():
+        far = loss(fillings[0], batch)[0]
+        near = loss(fillings[0], {name: one for name, one in batch.items() if name != "sinks"})[0]
+    assert far > near
+
+
+@pytest.mark.parametrize("changes", [{"options": {}}, {"transfer_loss": "output-mse"}])
+def test_far_sinks_need_codes_and_a_divergence(changes):
+    with pytest.raises(InputError, match="transfer_far_sinks"):
+        plan(**{"transfer_loss": "attention-kl", "transfer_far_sinks": 4, **changes})
 
 
 def test_transfer_brings_the_weights_to_the_teacher_s(tmp_path):

@@ -196,6 +196,33 @@ def test_codes_start_as_attention_to_the_centres_of_clusters():
 
 
 @torch.no_grad()
+def test_one_code_of_each_half_is_the_sink_s():
+    g = torch.Generator().manual_seed(0)
+    q, k, sink = (torch.randn(*s, 8, generator=g, dtype=torch.float64) for s in ((60, 4), (60, 2), (2,)))
+    map_q, map_k = Product(4, 8, codes=5).double(), Product(2, 8, codes=5).double()
+    start_codes(map_q, map_k, q, k, sink=sink / 4)
+    last = map_q.weight[:, :, [4, 9]].sum(-1)  # the sum of both halves' last centres
+    torch.testing.assert_close(last, sink.repeat_interleave(2, 0) / 4)
+    chosen = map_k(sink.expand(1, 2, 8) / 4)[0]
+    assert chosen.argmax(-1).tolist() == [24, 24]  # of 25 pairs the one of last codes
+    alone = Product(4, 8, codes=1).double(), Product(2, 8, codes=1).double()
+    start_codes(*alone, q, k, sink=sink)
+    torch.testing.assert_close(alone[0].weight.sum(-1), k.mean(0).repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("kind", ["hedgehog-window", *PRODUCTS])
+@torch.no_grad()
+def test_dense_weights_may_count_sinks_as_far(kind):
+    m, (q, k, _, _) = mixer(kind), problem()
+    rows = torch.tensor([1, T - 1])
+    far = m.filling.log_weights(q[:, rows], k, rows, sinks=0)
+    exact = m.filling.log_weights(q[:, rows], k, rows)
+    assert (far - exact)[:, :, 1, 2:].abs().max() == 0
+    assert (far - exact)[:, :, 1, :2].abs().min() > 0
+    assert torch.equal(far[:, :, 0], exact[:, :, 0])  # the first tokens lie in the window
+
+
+@torch.no_grad()
 def test_a_far_part_switched_off_is_window_and_sinks():
     m, parts = mixer("hedgehog-window"), problem()
     m.filling.log_scale.fill_(-torch.inf)

@@ -46,13 +46,15 @@ def mixer_configs(
 
 
 @torch.no_grad()
-def calibrate(mixer: nn.Module, pool: LayerPool, *, window: int, sinks: int, share: float = 1e-3) -> dict[str, Any]:
+def calibrate(
+    mixer: nn.Module, pool: LayerPool, *, window: int, sinks: int, share: float = 1e-3, sink_code: bool = False
+) -> dict[str, Any]:
     """Set a fresh mixer's codes, gates and scales from the teacher's queries and keys.
 
     `hedgehog-window`: the far part's log scale, so that its share stays below `share` everywhere on the pool and
     the swap alone equals window + sinks. With a product map: codebooks from clusters of keys and the scale of softmax
-    itself, so that the far part starts as attention to the clusters' centres. Delta rules with a key
-    length on the query side: the mean length.
+    itself, so that the far part starts as attention to the clusters' centres, one of them the mean key of first
+    tokens with `sink_code`. Delta rules with a key length on the query side: the mean length.
 
     Returns:
         What was set, for the log.
@@ -63,7 +65,7 @@ def calibrate(mixer: nn.Module, pool: LayerPool, *, window: int, sinks: int, sha
             name: calibrate(
                 filling,
                 LayerPool(**{n: [one[i][0] for one in xs] for n, xs in split.items()}, x=pool.x),
-                window=window, sinks=sinks, share=share,
+                window=window, sinks=sinks, share=share, sink_code=sink_code,
             )
             for i, (name, filling) in enumerate(mixer.fillings.items())
         }  # fmt: skip
@@ -71,7 +73,8 @@ def calibrate(mixer: nn.Module, pool: LayerPool, *, window: int, sinks: int, sha
     scale = getattr(mixer, "log_scale", None)
     if isinstance(mixer, HedgehogWindow) and isinstance(mixer.map_q, Product) and isinstance(mixer.map_k, Product):
         q, k = (torch.cat([x[0].float() for x in xs]) for xs in (pool.q, pool.k))
-        start_codes(mixer.map_q, mixer.map_k, q * mixer.root, k / mixer.root)
+        first = torch.stack([one[0, 0].float() for one in pool.k]).mean(0) / mixer.root if sink_code else None
+        start_codes(mixer.map_q, mixer.map_k, q * mixer.root, k / mixer.root, sink=first)
         mixer.log_scale.zero_()
         said["codes"] = mixer.map_k.codes
     elif isinstance(scale, Tensor):

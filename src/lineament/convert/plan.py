@@ -41,7 +41,9 @@ class Plan:
         transfer_loss: "output-mse" (relative, per layer), "attention-kl" (soft-target cross-entropy less the
             teacher's entropy) or "both". transfer_steps, transfer_lengths, transfer_tokens (per step),
             transfer_lr (maps), transfer_gate_lr (gates, decays, temperatures), transfer_pool (sequences held),
-            transfer_positions (queries of a sequence that attention-kl compares; 0 = all).
+            transfer_positions (queries of a sequence that attention-kl compares; 0 = all), transfer_far_sinks
+            (every so many steps of a length the sinks count as far, so that codes, one of which begins at a sink's
+            key, learn what such a key weighs beyond the window; 0 = never).
         distil: "lora" (peft, merged before saving; needs the extra lora), "full", "mixers" (only the new
             parts) or "none". distil_kl, distil_next: weights of the KL to the teacher and of the next token.
             distil_retrieval: share of steps that are synthetic retrieval prompts (training templates).
@@ -82,6 +84,7 @@ class Plan:
     transfer_gate_lr: float = 5e-2
     transfer_pool: int = 24
     transfer_positions: int = 256
+    transfer_far_sinks: int = 0
     distil: str = "lora"
     distil_steps: int = 120
     distil_lengths: tuple[int, ...] = (1024, 2048)
@@ -217,6 +220,7 @@ def _range_problems(plan: Plan):
         "damage_tokens": 1, "damage_prompts": 0, "evaluate_tokens": 0, "evaluate_prompts": 0, "checkpoint_every": 1,
         "transfer_lr": 0, "transfer_gate_lr": 0, "distil_lr": 0, "distil_mixer_lr": 0, "distil_gate_lr": 0,
         "distil_kl": 0, "distil_next": 0, "distil_positions": 0, "transfer_positions": 0, "seed": 0,
+        "transfer_far_sinks": 0,
     }  # fmt: skip
     for name, low in at_least.items():
         if not getattr(plan, name) >= low:
@@ -232,6 +236,11 @@ def _range_problems(plan: Plan):
             yield f"plan field {name} is empty; expected at least one name"
     if plan.state_share and plan.options.get("map") != "product":
         yield "plan field state_share gives out the codes of a product map; set it to 0 or options.map to product"
+    if plan.transfer_far_sinks and (plan.options.get("map") != "product" or plan.transfer_loss == "output-mse"):
+        yield (
+            "plan field transfer_far_sinks teaches codes what softmax gives a sink; it needs options.map product "
+            "and a transfer_loss with attention-kl"
+        )
     if plan.distil != "none" and plan.distil_steps and not plan.distil_kl + plan.distil_next:
         yield "plan fields distil_kl and distil_next are both 0; nothing would be learned"
     for parse, value in ((parse_keep, plan.keep), (parse_budget, plan.budget)):

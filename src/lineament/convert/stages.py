@@ -143,7 +143,8 @@ def inherit(job: Job, full: Heads, table: DamageTable | None, work: Path, progre
         windows = [job.corpus("place").batch(step, length, 1) for step in range(rows)]
         for layer, pool in _pools(job, found, windows, full, fillings):
             if layer in fillings:
-                calibrate(fillings[layer], pool, window=plan.window, sinks=plan.sinks)
+                own: dict[str, Any] = {"window": plan.window, "sinks": plan.sinks}
+                calibrate(fillings[layer], pool, sink_code=plan.transfer_far_sinks > 0, **own)
         _save_fillings(fillings, path)
 
     _once(path, make)

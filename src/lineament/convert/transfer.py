@@ -128,7 +128,14 @@ def output_weight(attention: nn.Module, full: Sequence[int], key_heads: int) -> 
 
 
 def attention_kl(
-    mixer: nn.Module, q: Tensor, k: Tensor, x: Tensor, rows: Tensor | None = None, weight: Tensor | None = None
+    mixer: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    x: Tensor,
+    rows: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    sinks: int | None = None,
 ) -> Tensor:
     """Return the mean KL from the teacher's attention rows to the mixer's, in nats.
 
@@ -137,10 +144,11 @@ def attention_kl(
 
     Args:
         rows: [R] positions of the queries that count; None for all. weight: [B, R] of each in the mean.
+        sinks: see `HedgehogWindow.log_weights`, as are the other two of a mixer with `log_weights` only.
     """
     if hasattr(mixer, "log_weights"):
         rows = torch.arange(q.shape[1], device=q.device) if rows is None else rows
-        return _row_kl(mixer, q[:, rows], k, rows, weight)
+        return _row_kl(mixer, q[:, rows], k, rows, weight, sinks)
     T, group = q.shape[1], q.shape[2] // k.shape[2]
     identity = torch.eye(T, dtype=q.dtype, device=q.device)[None, :, None].expand(q.shape[0], T, k.shape[2], T)
     ours = mixer(q, k, identity, x=x)[0].float().transpose(1, 2)
@@ -154,9 +162,9 @@ def attention_kl(
     return (cross - entropy).mean()
 
 
-def _row_kl(mixer: nn.Module, q: Tensor, k: Tensor, rows: Tensor, weight: Tensor | None) -> Tensor:
+def _row_kl(mixer: nn.Module, q: Tensor, k: Tensor, rows: Tensor, weight: Tensor | None, sinks: int | None) -> Tensor:
     """Compare dense rows of log weights, [B, Hq, R, T]."""
-    ours = mixer.log_weights(q, k, rows).log_softmax(-1)  # pyright: ignore[reportCallIssue]
+    ours = mixer.log_weights(q, k, rows, sinks=sinks).log_softmax(-1)  # pyright: ignore[reportCallIssue]
     with torch.no_grad():
         future = torch.arange(k.shape[1], device=k.device) > rows[:, None]
         wide = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2).transpose(1, 2)
@@ -185,7 +193,9 @@ def transfer_loss(
             error = relative_error(output, batch["target"], out, min(first, batch["q"].shape[1] // 2))
             total, numbers["error"] = total + error, float(error.detach())
         if kind in ("attention-kl", "both"):
-            divergence = attention_kl(mixer, batch["q"], batch["k"], batch["x"], batch.get("rows"), batch.get("weight"))
+            sinks = int(batch["sinks"]) if "sinks" in batch else None
+            rows, weight = batch.get("rows"), batch.get("weight")
+            divergence = attention_kl(mixer, batch["q"], batch["k"], batch["x"], rows, weight, sinks=sinks)
             total, numbers["attention_kl"] = total + divergence, float(divergence.detach())
         return total, numbers
 
@@ -235,6 +245,8 @@ def pool_batches(
             return found
         asked = [answers[row][:, :length] if answers else torch.zeros(1, length, dtype=torch.bool) for row in chosen]
         found["rows"], found["weight"] = scored_rows(plan, torch.cat(asked), step)
+        if plan.transfer_far_sinks and (step // len(plan.transfer_lengths) + 1) % plan.transfer_far_sinks == 0:
+            found["sinks"] = torch.tensor(0)  # another sink may stand anywhere in a text
         return found
 
     return batch

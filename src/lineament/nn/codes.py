@@ -14,7 +14,9 @@ SOFT = 0.5  # keys choose their code at this share of the exact log odds: softer
 
 
 @torch.no_grad()
-def start_codes(map_q: Product, map_k: Product, q: Tensor, k: Tensor, *, seed: int = 0) -> None:
+def start_codes(
+    map_q: Product, map_k: Product, q: Tensor, k: Tensor, *, sink: Tensor | None = None, seed: int = 0
+) -> None:
     """Set both maps so that `e^(lse_q) phi(q).phi(k)` is `e^(q . c(k))`, c(k) being the centre of the key's cluster.
 
     Keys are clustered in the metric of the queries, `|k - c|^2 = E (q . (k - c))^2`, in two halves of their principal
@@ -23,6 +25,7 @@ def start_codes(map_q: Product, map_k: Product, q: Tensor, k: Tensor, *, seed: i
     Args:
         map_q: of Hq heads. map_k: of Hk heads, as many codes.
         q: [N, Hq, K] and k: [M, Hk, K] as the maps get them.
+        sink: [Hk, K], a key that the last of several codes stands for in both halves; the others are clusters.
     """
     heads, groups, codes, wide = k.shape[1], q.shape[1] // k.shape[1], map_k.codes, widest(k.device)
     for h in range(heads):
@@ -35,7 +38,9 @@ def start_codes(map_q: Product, map_k: Product, q: Tensor, k: Tensor, *, seed: i
         for half in (0, 1):
             of = order[half::2]
             centres = keys.new_zeros(codes, keys.shape[1])
-            centres[:, of] = clusters(keys[:, of], codes, seed=seed)
+            own_code = keys[:0] if sink is None or codes == 1 else (sink[h].to(wide) @ turn * root)[None]
+            found = clusters(keys[:, of], codes - len(own_code), seed=seed)
+            centres[:, of] = torch.cat([found, own_code[:, of]])
             columns = slice(half * codes, (half + 1) * codes)
             map_q.weight[own, :, columns] = ((centres / root) @ turn.mT).mT.to(map_q.weight)
             map_q.bias[own, columns] = 0.0

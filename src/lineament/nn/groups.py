@@ -45,10 +45,11 @@ class HeadGroups(nn.Module):
             for heads, wide in zip(self.heads, self.wide, strict=True)
         ]
 
-    def log_weights(self, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    def log_weights(self, q: Tensor, k: Tensor, rows: Tensor, *, sinks: int | None = None) -> Tensor:
         """See `HedgehogWindow.log_weights`."""
         parts = zip(self.fillings.values(), self.parts(q, k), strict=True)
-        return torch.cat([one.log_weights(*own, rows) for one, own in parts], 1)[:, self._back]  # pyright: ignore[reportCallIssue]
+        weights = [one.log_weights(*own, rows, sinks=sinks) for one, own in parts]  # pyright: ignore[reportCallIssue]
+        return torch.cat(weights, 1)[:, self._back]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None

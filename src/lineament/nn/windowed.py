@@ -110,11 +110,12 @@ class HedgehogWindow(nn.Module):
             return phi_k * gate
         return torch.cat([phi_k[..., : self.outer] * gate, phi_k[..., self.outer :]], dim=-1)
 
-    def log_weights(self, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    def log_weights(self, q: Tensor, k: Tensor, rows: Tensor, *, sinks: int | None = None) -> Tensor:
         """Return the log of every weight before division, dense: what a transfer compares with the teacher's logits.
 
         Args:
             q: [B, R, Hq, K], scaled queries at the positions `rows` [R]. k: [B, T, Hk, K].
+            sinks: tokens at the start that are exact; None for as many as the layer has.
 
         Returns:
             [B, Hq, R, T], -inf in the future.
@@ -134,7 +135,7 @@ class HedgehogWindow(nn.Module):
         if log_decay is not None:
             per_head = log_decay[:, :1].repeat_interleave(groups, 2).transpose(1, 2)[..., None]
             far = far + per_head * (age - self.config.window).clamp_min(0)
-        exact = (age < self.config.window) | (n < self.config.sinks)
+        exact = (age < self.config.window) | (n < (self.config.sinks if sinks is None else sinks))
         return torch.where(exact, near, far).masked_fill(age < 0, -torch.inf)
 
     def step_gates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
