@@ -5,7 +5,7 @@ from types import MethodType
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import lineament.models as models
@@ -55,6 +55,27 @@ def test_prefill_equals_chunks_equals_tokens(family):
     near(read(model, tokens, range(1, T))[0], whole)
     assert cache.get_seq_length() == T
     assert cache.nbytes() == sum(x.numel() * x.element_size() for x in cache.tensors().values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_folder_loads_without_its_head_too(family, tmp_path):
+    """As `AutoModel` for states, and with a fresh head as `AutoModelForSequenceClassification`."""
+    whole, tokens = student(family), ids()
+    whole.save_pretrained(tmp_path)
+    bare = AutoModel.from_pretrained(tmp_path).eval()
+    states = whole(tokens, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(bare(tokens, use_cache=False).last_hidden_state, states)
+    first = bare(tokens[:, :9], use_cache=True)
+    rest = bare(tokens[:, 9:], past_key_values=first.past_key_values, use_cache=True).last_hidden_state
+    near(rest, states[:, 9:])
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3, pad_token_id=0).eval()
+    near(getattr(judge, judge.base_model_prefix)(tokens, use_cache=False).last_hidden_state, states, 0)
+    assert judge(tokens).logits.shape == (2, 3)
+    for again in (bare, judge):
+        again.save_pretrained(tmp_path / "again")
+        back = type(again).from_pretrained(tmp_path / "again").eval()
+        assert torch.equal(back(tokens)[0], again(tokens)[0])
 
 
 def test_a_teacher_hooked_by_accelerate_is_refused():

@@ -56,6 +56,9 @@ def test_a_students_folder_is_loaded_by_name(tmp_path):
     model, words = load_teacher(str(tmp_path / "s"))
     assert len(mixers_of(model)) == 3
     assert write_text((model, words), "w5 w6", max_new_tokens=3, temperature=1.0)["tokens"] == 3
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="a number >= 0"):
+            write_text((model, words), "w5 w6", temperature=temperature)
 
 
 def test_a_named_model_goes_to_the_accelerator_in_the_dtype_asked_for(folder, monkeypatch):

@@ -8,6 +8,7 @@ import transformers
 
 from lineament._base.errors import InputError
 from lineament.tasks import agreement, bootstrap_ratio, context_gain, gain_kept, perplexity, perplexity_by_length
+from lineament.tasks.perplexity import ContextGain
 from lineament.tasks.predictions import hidden_states, logits_of, next_token_loss, token_nll
 
 TEXT = torch.randint(128, (5, 40), generator=torch.Generator().manual_seed(0))
@@ -82,6 +83,8 @@ def test_gain_from_context(model, other):
     torch.testing.assert_close(gain.per_window, (short - long).double().mean(1), rtol=1e-5, atol=1e-6)
     assert gain_kept(gain, gain)[0] == pytest.approx(1.0)
     assert len(gain_kept(context_gain(other, TEXT, tail=8, short=4), gain, draws=50)) == 3
+    nothing = ContextGain(gain.long, gain.long)
+    assert all(math.isnan(x) for x in gain_kept(nothing, nothing))
     with pytest.raises(InputError, match="more than tail"):
         context_gain(model, TEXT, tail=30, short=10)
 

@@ -36,6 +36,7 @@ PLANS: dict[str, Plan] = {
         state_share=0.02,
         transfer_steps=200,
         transfer_pool=24,
+        transfer_far_sinks=4,  # no head is left that attends to a second sink exactly
         budget_transfer=0.45,
         distil_retrieval=0.4,
     ),

@@ -141,13 +141,28 @@ def adapter_for(model: nn.Module | Any) -> Adapter:
 
 
 def attentions(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
-    """Return {layer: (name, attention module)} of a decoder."""
+    """Return {layer: (name, attention module)} of a decoder, with a head or without."""
     return dict(_attentions(model, adapter_for(model)))
 
 
+def within(model: Any, path: str) -> str:
+    """Return an adapter's path as it is in this model: one without a head has no name for its decoder.
+
+    Example:
+        >>> from lineament.models import tiny_teacher
+        >>> teacher = tiny_teacher("llama")
+        >>> within(teacher, "model.layers"), within(teacher.model, "model.layers"), within(teacher.model, "model")
+        ('model.layers', 'layers', '')
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    headless = getattr(model, "base_model", None) is model and f"{path}.".startswith(f"{prefix}.")
+    return path[len(prefix) + 1 :] if headless else path
+
+
 def _attentions(model: nn.Module, adapter: Adapter) -> Iterator[tuple[int, tuple[str, nn.Module]]]:
-    for index, layer in enumerate(model.get_submodule(adapter.layers)):  # type: ignore[arg-type]
-        yield index, (f"{adapter.layers}.{index}.{adapter.attention}", layer.get_submodule(adapter.attention))
+    layers = within(model, adapter.layers)
+    for index, layer in enumerate(model.get_submodule(layers)):  # type: ignore[arg-type]
+        yield index, (f"{layers}.{index}.{adapter.attention}", layer.get_submodule(adapter.attention))
 
 
 def head_shape(config: Any) -> dict[str, int]:

@@ -133,7 +133,7 @@ class _Attention(nn.Module):
         return super().forward(*args, **kwargs, lineament=call)
 
 
-class _Decoder(nn.Module):
+class Decoder(nn.Module):
     """A teacher's decoder that finds padding and packing once and makes the right cache."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +157,7 @@ def attention_class(cls: type[nn.Module]) -> type[nn.Module]:
 @cache
 def decoder_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the class of a student's decoder whose teacher is `cls`."""
-    made = _published(type(f"Lineament{cls.__name__}", (_Decoder, cls), {"__module__": __name__}))
+    made = _published(type(f"Lineament{cls.__name__}", (Decoder, cls), {"__module__": __name__}))
     # transformers looks up what output_hidden_states may record by the class's name, and fills the table in __init__
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(made), cls._can_record_outputs)
     return made

@@ -1,5 +1,6 @@
 """Write a text with a model and say what it cost."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -43,8 +44,8 @@ def write_text(
         InputError: an empty prompt, no room for a token, a temperature below 0, more tokens than the model has learned
             positions for, no chat template, or no such device or dtype.
     """
-    if max_new_tokens < 1 or temperature < 0:
-        raise InputError(f"max_new_tokens={max_new_tokens}, temperature={temperature}; expected >= 1 and >= 0")
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise InputError(f"max_new_tokens={max_new_tokens}, temperature={temperature}; expected >= 1 and a number >= 0")
     network: Any
     network, tokenizer = model if isinstance(model, tuple) else _placed(model, device, dtype)
     ids = _ids(tokenizer, prompt, chat).to(network.device)

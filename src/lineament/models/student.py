@@ -7,17 +7,26 @@ from itertools import chain
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lineament._base.errors import InputError
-from lineament.models.adapters import ADAPTERS, PREFIX, adapter_for, attentions, head_shape, refusal
-from lineament.models.attention import NAME, attention_class, decoder_class
+from lineament.models.adapters import ADAPTERS, PREFIX, adapter_for, attentions, head_shape, refusal, within
+from lineament.models.attention import NAME, Decoder, attention_class, decoder_class
 from lineament.models.cache import adopt
 from lineament.nn import ConvertedHeads, MixerConfig, build
 
 FORMAT = 1
+DOORS: tuple[Any, ...] = (
+    AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification,
+)  # fmt: skip
 
 
 class FilledModel(PreTrainedModel):
@@ -118,10 +127,13 @@ def attach(model: nn.Module, mixers: Mapping[int, nn.Module] | None = None) -> N
         if layer not in found:
             raise InputError(f"the config converts layer {layer}, but the model has layers 0 to {len(found) - 1}")
         module = found[layer][1]
+        if hasattr(module, "mixer"):  # of the decoder inside, which transformers may make by its own class
+            continue
         module.__class__ = attention_class(type(module))
         module.add_module("mixer", build(config) if mixers is None else mixers[layer])
-    decoder = model.get_submodule(adapter_for(model).decoder)
-    decoder.__class__ = decoder_class(type(decoder))
+    decoder = model.get_submodule(within(model, adapter_for(model).decoder))
+    if not isinstance(decoder, Decoder):
+        decoder.__class__ = decoder_class(type(decoder))
 
 
 def build_student(teacher: nn.Module, mixers: Mapping[int, MixerConfig], *, share: bool = False) -> Any:
@@ -214,13 +226,15 @@ def student_class(cls: type) -> type:
     """Return the class of students whose teacher is a `cls`, e.g. `LineamentLlamaForCausalLM`."""
     if issubclass(cls, _Student):
         return cls
-    config = config_class(cls.config_class.model_type)
+    model_type = cls.config_class.model_type
     body = {
-        "config_class": config,
+        "config_class": config_class(model_type),
         "__module__": __name__,
         "__doc__": f"{cls.__name__} with linear mixers in some layers.",
     }
-    return _published(type(f"Lineament{cls.__name__}", (_Student, cls), body))
+    is_decoder = cls is AutoModel._model_mapping[CONFIG_MAPPING[model_type]] and "." not in ADAPTERS[model_type].decoder
+    bases = (_Student, Decoder, cls) if is_decoder else (_Student, cls)
+    return _published(type(f"Lineament{cls.__name__}", bases, body))
 
 
 def _published(cls: type) -> type:
@@ -230,11 +244,12 @@ def _published(cls: type) -> type:
 
 
 def register(model_type: str) -> None:
-    """Let `AutoConfig` and `AutoModelForCausalLM` load the students of a family that has an adapter."""
-    config = config_class(model_type)
-    student = student_class(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]])
+    """Let `AutoConfig`, `AutoModelForCausalLM` and its relatives load the students of a family that has an adapter."""
+    teacher, config = CONFIG_MAPPING[model_type], config_class(model_type)
     AutoConfig.register(PREFIX + model_type, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, student, exist_ok=True)
+    for door in DOORS:
+        if teacher in door._model_mapping:
+            door.register(config, student_class(door._model_mapping[teacher]), exist_ok=True)
 
 
 def register_all() -> None:

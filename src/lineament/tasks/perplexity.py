@@ -183,10 +183,13 @@ def context_gain(
 def gain_kept(
     student: ContextGain, teacher: ContextGain, *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return which share of the teacher's gain from context the student has, and its 95 % interval (paired)."""
+    """Return which share of the teacher's gain from context the student has, and its 95 % interval (paired).
+
+    All are nan where context gains the teacher nothing at all.
+    """
     if student.per_window.shape != teacher.per_window.shape:
         raise InputError("student and teacher were scored on different windows; score both on the same ones")
     both = torch.stack([student.per_window, teacher.per_window], dim=1)
     drawn = _paired(both, draws, seed)
     low, high = _interval(drawn[:, 0] / drawn[:, 1])
-    return student.gain / teacher.gain, low, high
+    return (student.gain / teacher.gain if teacher.gain else math.nan), low, high
