@@ -134,6 +134,9 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
     cache.save(tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="GrowingLayer where this model needs a MixerLayer"):
         StudentCache.load(tmp_path / "a.safetensors", tiny().config)
+    for other in (student("kda"), student("hedgehog")):
+        with pytest.raises(InputError, match="other widths, heads or mixers"):
+            StudentCache.load(tmp_path / "a.safetensors", other.config)
 
 
 def test_the_state_stays_constant_while_a_teachers_cache_grows():

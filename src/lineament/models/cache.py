@@ -230,6 +230,7 @@ class StudentCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         Cache.__init__(self, layers=layers_for(config))
+        self._shape = _shape_of(config)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen (padding counts)."""
@@ -272,7 +273,7 @@ class StudentCache(DynamicCache):
             held, about = flatten(layer)
             tensors |= {f"{i}.{name}": x for name, x in held.items()}
             layers.append(about)
-        io.save_tensors(tensors, path, metadata={"lineament-cache": json.dumps(layers)})
+        io.save_tensors(tensors, path, metadata={"lineament-cache": json.dumps(layers), "shape": self._shape})
 
     @classmethod
     def load(cls, path: str | Path, config: Any, device: str | torch.device = "cpu") -> "StudentCache":
@@ -295,7 +296,16 @@ class StudentCache(DynamicCache):
                 if name.startswith(f"{i}.")
             }
             unflatten(layer, held, own, str(path))
+        if weights.metadata.get("shape", cache._shape) != cache._shape:
+            raise InputError(f"{path} is a cache of a model with other widths, heads or mixers")
         return cache
+
+
+def _shape_of(config: Any) -> str:
+    """Say what a cache's tensors depend on, as JSON."""
+    text = config.get_text_config(decoder=True)
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "lineament")
+    return json.dumps({name: getattr(text, name, None) for name in names}, sort_keys=True)
 
 
 def layers_for(config: Any) -> list[Any]:
