@@ -1,5 +1,7 @@
 """Bytes of cache, speeds in turn, peak memory."""
 
+import time
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -79,6 +81,14 @@ def test_a_long_prompt_is_read_both_ways_and_the_better_one_counts(monkeypatch):
     read = prefill_speed(models, 20, repeats=2)["student"]
     assert (read.cache, len(read.seconds)) == ("student", 2)
     assert read.tokens_per_second == pytest.approx(20 / read.median)
+
+
+def test_a_way_that_is_clearly_slower_is_tried_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(room, "PIECE", 32)
+    monkeypatch.setattr(room, "prefill", lambda *_, **__: (calls.append(1), time.sleep(0.5)))
+    found = prefill_speed({"teacher": tiny_teacher("llama")}, 70, repeats=3)["teacher"]
+    assert (found.cache, len(found.seconds), len(calls)) == ("dynamic", 3, 1)
 
 
 def test_peak_memory_sees_what_was_held():

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -116,7 +116,7 @@ def evaluate(
     """
     if not any(any(text.strip() for text in one) for one in texts.values()):
         raise InputError("there is no test text; give --data with more text")
-    start, rows = time.perf_counter(), []
+    start, rows = time.perf_counter(), list[Row]()
     device = next(student.parameters()).device
     precision = resolve(precision, device)
     sample = next(text for one in texts.values() for text in one if text.strip())
@@ -129,20 +129,32 @@ def evaluate(
     hay = Haystack([text for one in texts.values() for text in one], tokenizer)
     lengths, retrieval_lengths = ([n for n in some if measure.fits(n)] for some in (lengths, retrieval_lengths))
     with torch.no_grad(), autocast(precision, device):
-        for row in _quality_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, hay):
-            rows.append(row)
-            if on_row:
-                on_row(row)
+        rows += _said(_quality_rows(measure, texts, lengths, tokens, prompts, retrieval_lengths, hay), on_row)
     with torch.no_grad():
-        rows += measure.bytes_and_speed(speed)
+        rows += _said(measure.bytes_and_speed(speed), on_row)
     return concluded(rows, bar=bar, seed=seed, seconds=time.perf_counter() - start, precision=precision)
 
 
-def cost_rows(student: nn.Module, teacher: nn.Module, *, bar: Bar | None = None, speed: bool = True) -> list[Row]:
+def _said(rows: Iterable[Row], on_row: Callable[[Row], None] | None) -> Iterator[Row]:
+    """Pass rows on and tell of each."""
+    for row in rows:
+        if on_row:
+            on_row(row)
+        yield row
+
+
+def cost_rows(
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    bar: Bar | None = None,
+    speed: bool = True,
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
     """Return the rows on bytes of cache and, if asked, on speed: nothing here depends on text or training."""
     with torch.no_grad():
         measure = _Measure(student.eval(), teacher.eval(), None, None, bar=bar, seed=0, scores=Scores(None, {}))
-        return list(measure.bytes_and_speed(speed))
+        return list(_said(measure.bytes_and_speed(speed), on_row))
 
 
 def shown(evidence: Evidence) -> Table:

@@ -168,7 +168,7 @@ def evaluate_folder(
         data: text names; default: those of the student's plan. Only the test split is read.
         lm_eval_tasks: tasks of lm-eval run on the student as well (needs the extra eval).
         precision: of the quality, see `evaluate`. saved: take the quality from the evidence saved with the student,
-            and measure only bytes and speed. on_row: called with each row of quality as it is measured.
+            and measure only bytes and speed. on_row: called with each row as it is measured.
         page: write a one-file report here, with texts by both models.
         device, dtype: of both models, see `models.find_device` and `models.find_dtype`.
         folder: keeps what each model scored, so that the same call goes on after a kill.
@@ -191,7 +191,7 @@ def evaluate_folder(
     names = tuple(data or (plan.data if plan else ("wiki-sample", "docs")))
     bar = bar_of(plan) if plan else None
     if saved:
-        evidence = _with_costs(Path(student), cost_rows(ours, theirs, bar=bar, speed=speed))
+        evidence = _with_costs(Path(student), cost_rows(ours, theirs, bar=bar, speed=speed, on_row=on_row))
     else:
         evidence = evaluate(
             ours, theirs, tokenizer, texts=load_documents(names)["test"], tokens=tokens, prompts=prompts, speed=speed,
