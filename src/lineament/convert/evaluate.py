@@ -159,14 +159,20 @@ def cost_rows(
 
 def shown(evidence: Evidence) -> Table:
     """Lay a measurement out for a terminal of 80 columns: the page and the JSON have all that was measured."""
-    rows = []
-    for row in evidence.rows:
+    rows = in_megabytes(evidence.rows)
+    columns = [name for name in SHOWN if any(name in row for row in rows)]
+    return table(rows, title=f"{evidence.name}: {evidence.verdict}", columns=columns)
+
+
+def in_megabytes(rows: Sequence[Row]) -> list[Row]:
+    """Return rows for people to read: caches in megabytes."""
+    found = []
+    for row in rows:
         if row["measure"].startswith("cache bytes"):
             size = {name: round(row[name] / 1e6) for name in PAIR if row.get(name) is not None}
             row = {**row, **size, "measure": row["measure"].replace("bytes", "MB")}
-        rows.append(row)
-    columns = [name for name in SHOWN if any(name in row for row in rows)]
-    return table(rows, title=f"{evidence.name}: {evidence.verdict}", columns=columns)
+        found.append(row)
+    return found
 
 
 def concluded(rows: Sequence[Row], *, bar: Bar | None, seed: int, seconds: float, precision: str) -> Evidence:

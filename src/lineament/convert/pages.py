@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lineament.convert.evaluate import SHOWN, in_megabytes
 from lineament.convert.thresholds import undecided
 from lineament.report import Evidence, bars, curve, page
 from lineament.report.page import Picture, Rows, Samples, Section, Text, Tiles
@@ -28,7 +29,9 @@ def report_page(evidence: Evidence, path: Path, *, extra: Sequence[Any] = ()) ->
         sections.append(Section("Retrieval", [Picture(picture, said)]))
     if pictures := cost_pictures(rows):
         sections.append(Section("Speed and memory", pictures))
-    table = Section("Everything measured", [Rows(rows, evidence.threshold)])
+    names = [name for name in SHOWN if any(name in row for row in rows)]
+    lines = [{**dict.fromkeys(names), **row} for row in in_megabytes(rows)]  # what matters most comes first
+    table = Section("Everything measured", [Rows(lines, evidence.threshold)])
     return page(f"{evidence.name}: {evidence.verdict}", [*sections, *extra, table], path, lead=evidence.claim)
 
 
