@@ -139,6 +139,18 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, at):
     assert lines == list(range(10))
 
 
+def test_a_run_that_on_step_ended_is_over_when_called_again(tmp_path):
+    ended, again, longer, whole = (network() for _ in range(4))
+    assert fit(ended, batches, loss, CONFIG, out=tmp_path, on_step=lambda step, n: step == 3).steps == 4
+    seen = []
+    assert fit(again, batches, loss, CONFIG, out=tmp_path, on_step=lambda step, n: seen.append(step)).steps == 4
+    assert not seen
+    assert torch.equal(weights(ended), weights(again))
+    assert fit(longer, batches, loss, CONFIG, out=tmp_path).steps == 10  # without a reason to end it goes on
+    fit(whole, batches, loss, CONFIG)
+    assert torch.equal(weights(whole), weights(longer))
+
+
 def test_without_resume_the_run_starts_anew(tmp_path):
     fit(network(), batches, loss, CONFIG, out=tmp_path)
     seen = []

@@ -54,11 +54,13 @@ def save(
     optimizer: torch.optim.Optimizer,
     digest: str,
     *,
+    ended: bool = False,
     writes: bool = True,
 ) -> None:
     """Write all that training goes on from after `step` steps; the former file stays until the new one is whole.
 
-    Of sharded parameters every process must call it, since they are gathered; one of them `writes`.
+    Of sharded parameters every process must call it, since they are gathered; one of them `writes`. `ended` says that the
+    run is over before all of its steps.
     """
     tensors = {f"parameter:{name}": p.detach() for name, p in parameters.items()}
     tensors |= {f"buffer:{name}": b for name, b in buffers.items()}
@@ -74,7 +76,8 @@ def save(
         if writes:
             saved[name] = whole.to("cpu").contiguous().clone()
     if writes:
-        io.save_tensors(saved, folder / FILE, metadata={"step": str(step), "config": digest, "random": others})
+        about = {"step": str(step), "config": digest, "random": others, "ended": str(int(ended))}
+        io.save_tensors(saved, folder / FILE, metadata=about)
 
 
 def load(
@@ -83,8 +86,8 @@ def load(
     buffers: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     digest: str,
-) -> int:
-    """Restore parameters, buffers, optimiser and generators in place; return the number of finished steps.
+) -> tuple[int, bool]:
+    """Restore parameters, buffers, optimiser and generators in place; return the finished steps, and whether it ended.
 
     Raises:
         InputError: the checkpoint belongs to another configuration or another model.
@@ -115,7 +118,7 @@ def load(
                 p = parameters[name]
                 optimizer.state[p][key] = value if value.dim() == 0 else shard_like(value, p)
     restore_random_states(generators, weights.metadata["random"])
-    return int(weights.metadata["step"])
+    return int(weights.metadata["step"]), weights.metadata.get("ended") == "1"
 
 
 def log_up_to(path: Path, step: int) -> None:

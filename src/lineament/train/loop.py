@@ -69,7 +69,8 @@ def fit(
         resume: go on from the checkpoint in `out`; the result is that of an uninterrupted run, to the bit (same
             machine and threads). False starts anew.
         accelerator: as made by the caller; by default as `accelerate launch` configures it.
-        on_step: called with (step, numbers) after every step; where it returns True, the run ends there.
+        on_step: called with (step, numbers) after every step; where it returns True, the run ends there, and the
+            same call again does nothing; without `on_step` it goes on.
 
     Raises:
         InputError: nothing can learn, or the checkpoint belongs to other settings. TrainingError: the loss is not a
@@ -77,18 +78,19 @@ def fit(
     """
     accelerator = accelerator or Accelerator(kwargs_handlers=[UNUSED])
     run = _Run(model, loss, config, accelerator, None if out is None else Path(out))
-    began, numbers, done = time.perf_counter(), {}, config.steps
+    began, numbers = time.perf_counter(), {}
     with seeded(config.seed), _interrupts() as stop, _progress(description, config.steps, accelerator) as show:
-        first = run.start(resume)
+        first, ended = run.start(resume)
         show(first, {})
-        for step in range(first, config.steps):
+        done = first if ended and on_step is not None else config.steps
+        for step in range(first, done):
             numbers = run.step(step, batches)
             enough = run.any_of(on_step is not None and on_step(step, numbers) is True)
             show(step + 1, numbers)
             run.log(step, numbers)
             stopping = run.any_of(stop.is_set())
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping or enough:
-                run.save(step + 1)
+                run.save(step + 1, enough)
             if stopping:
                 raise KeyboardInterrupt
             if enough:
@@ -141,21 +143,21 @@ class _Run:
         values = {k: v for k, v in asdict(self.config).items() if k not in ("checkpoint_every", "log_every")}
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def start(self, resume: bool) -> int:
-        """Return the first step to run, after going back to the checkpoint if there is one."""
+    def start(self, resume: bool) -> tuple[int, bool]:
+        """Go back to the checkpoint if there is one; return the first step to run, and whether the run ended before it."""
         if self.out is None:
-            return 0
+            return 0, False
         self.out.mkdir(parents=True, exist_ok=True)
         if not resume or not self.by_name or not (self.out / checkpoint.FILE).exists():
             if self.accelerator.is_main_process:
                 (self.out / checkpoint.FILE).unlink(missing_ok=True)
                 (self.out / checkpoint.METRICS).unlink(missing_ok=True)
             self.accelerator.wait_for_everyone()
-            return 0
-        done = checkpoint.load(self.out, self.parameters, self.buffers, self.optimizer, self.digest)
+            return 0, False
+        done, ended = checkpoint.load(self.out, self.parameters, self.buffers, self.optimizer, self.digest)
         if self.accelerator.is_main_process:
             checkpoint.log_up_to(self.out / checkpoint.METRICS, done)
-        return done
+        return done, ended
 
     def step(self, step: int, batches: Batches) -> dict[str, float]:
         """Run one optimiser step and return its numbers, averaged over batches and processes."""
@@ -214,11 +216,11 @@ class _Run:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, ended: bool = False) -> None:
         """Replace the checkpoint by one after `step` steps."""
         if self.out is not None and self.by_name:
             held = (self.parameters, self.buffers, self.optimizer, self.digest)
-            checkpoint.save(self.out, step, *held, writes=self.accelerator.is_main_process)
+            checkpoint.save(self.out, step, *held, ended=ended, writes=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
 
 
