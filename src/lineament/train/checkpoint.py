@@ -59,8 +59,8 @@ def save(
 ) -> None:
     """Write all that training goes on from after `step` steps; the former file stays until the new one is whole.
 
-    Of sharded parameters every process must call it, since they are gathered; one of them `writes`. `ended` says that the
-    run is over before all of its steps.
+    Of sharded parameters every process must call it, since they are gathered; one of them `writes`. `ended` says
+    that the run is over before all of its steps.
     """
     tensors = {f"parameter:{name}": p.detach() for name, p in parameters.items()}
     tensors |= {f"buffer:{name}": b for name, b in buffers.items()}

@@ -144,7 +144,7 @@ class _Run:
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def start(self, resume: bool) -> tuple[int, bool]:
-        """Go back to the checkpoint if there is one; return the first step to run, and whether the run ended before it."""
+        """Go back to the checkpoint if there is one; return the first step to run, and whether the run has ended."""
         if self.out is None:
             return 0, False
         self.out.mkdir(parents=True, exist_ok=True)
