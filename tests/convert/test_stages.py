@@ -11,6 +11,7 @@ from lineament.convert.folders import look
 from lineament.convert.inherit import calibrate, mixer_configs
 from lineament.convert.parts import converted, lora_targets, parts, teacher_digest
 from lineament.convert.plan import Plan
+from lineament.convert.positions import jumped_positions, model_inputs
 from lineament.convert.probe import limit_heads, probing
 from lineament.convert.text import Corpus, load_documents, make_corpus
 from lineament.convert.transfer import attention_kl, pooled_layers, relative_error, transfer
@@ -145,6 +146,39 @@ def test_cached_logits_are_the_teacher_s_best(tmp_path):
         torch.testing.assert_close(found.gather(-1, best.indices), best.values, atol=1e-2, rtol=1e-2)
         torch.testing.assert_close(found.exp().sum(-1), torch.ones(2, 3), atol=1e-2, rtol=1e-2)
     assert cached.nbytes() > 0
+
+
+def test_positions_jump_once_and_stay_below_their_reach():
+    for seed in range(50):
+        steps = (found := jumped_positions(ids(rows=3), 200, seed)).diff(dim=1)
+        assert found[:, 0].eq(0).all()
+        assert found.max() < 200
+        assert (steps != 1).sum(1).le(1).all()
+        assert steps.min() == 1
+    far = [jumped_positions(ids(), 200, seed).max() for seed in range(50)]
+    assert max(far) > 180  # the whole reach is used
+    assert jumped_positions(ids(), 48, 0) is None
+
+
+def test_jumps_reach_pool_batches_and_cached_logits(tmp_path):
+    teacher = tiny_llama(layers=3)
+    far = model_inputs(ids(seed=1), jumped_positions(ids(), 200, 1))
+    own, plain = (dict(pools(teacher, [one]))[0] for one in (far, ids(seed=1)))
+    rotated = own.k[0] - plain.k[0]
+    place = int((far["position_ids"].diff() != 1).nonzero()[0, 1]) + 1
+    assert rotated[:, :place].abs().max() == 0
+    assert rotated[:, place:].abs().amax((0, 2, 3)).min() > 0
+    corpus = make_corpus({"a": ["w1 w2 w3 w4 " * 60]}, tiny_tokenizer())
+    draw = batches(Plan(distil_tokens=96), corpus, None, (48,), reach=200)
+    batch, keep = draw(3), torch.tensor([10, 40])
+    assert torch.equal(batch["positions"], draw(3)["positions"])
+    assert batch["positions"].shape == (2, 48)
+    expected = teacher(**model_inputs(batch["ids"], batch["positions"])).logits[:, keep]
+    torch.testing.assert_close(Teacher(teacher, "fp32").logits(batch, keep), expected)
+    cached = Teacher(teacher, "fp32", tmp_path, top=8)
+    still = {name: one for name, one in batch.items() if name != "positions"}
+    assert (cached.logits(batch, keep) - cached.logits(still, keep)).abs().max() > 0.01
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_batches_are_functions_of_the_step(tmp_path):

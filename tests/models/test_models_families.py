@@ -129,6 +129,19 @@ def test_packed_documents_equal_documents_alone(family):
     assert torch.equal(ones, packed)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_jump_in_positions_is_a_distance_where_the_mask_says_that_all_is_one_text(family):
+    """Teacher and student alike: the same as reading the second part later, beside the first one's cache."""
+    tokens, positions = ids(), torch.cat([torch.arange(10), torch.arange(10, T) + 7])[None].expand(2, -1)
+    for model in (student(family), tiny_teacher(family)):
+        whole = model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        first = model(tokens[:, :10], position_ids=positions[:, :10], use_cache=True)
+        rest = model(tokens[:, 10:], position_ids=positions[:, 10:], past_key_values=first.past_key_values).logits
+        near(whole, torch.cat([first.logits, rest], 1))
+        assert (whole - model(tokens, use_cache=False).logits)[:, 10:].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("family", ["mistral", "phi3"])
 @torch.no_grad()
 def test_packed_documents_keep_a_window_that_the_config_has_for_all_layers(family):

@@ -14,12 +14,14 @@ from lineament._base.extras import require
 from lineament._base.seeds import generator, seeded
 from lineament.convert.divergence import distil_loss
 from lineament.convert.plan import Plan
+from lineament.convert.positions import jumped_positions, model_inputs
 from lineament.convert.precision import autocast
 from lineament.convert.processes import any_process
 from lineament.convert.prompts import MakePrompts
 from lineament.convert.text import Corpus
 from lineament.convert.transfer import GATES
 from lineament.train import FitConfig, fit
+from lineament.train.loop import to_device
 from lineament.train.sharded import is_sharded
 
 Batch = dict[str, Tensor]
@@ -28,9 +30,19 @@ ANSWER_WEIGHT = 32.0  # an answer's token counts as this many tokens of text: pr
 
 
 def batches(
-    plan: Plan, corpus: Corpus, prompts: MakePrompts | None, lengths: Sequence[int], *, offset: int = 0
+    plan: Plan,
+    corpus: Corpus,
+    prompts: MakePrompts | None,
+    lengths: Sequence[int],
+    *,
+    offset: int = 0,
+    reach: int = 0,
 ) -> Batches:
-    """Return the batch of a step: text or, for the plan's share of steps, retrieval prompts. Lengths take turns."""
+    """Return the batch of a step: text or, for the plan's share of steps, retrieval prompts. Lengths take turns.
+
+    Args:
+        reach: how far positions go, see `positions.jumped_positions`.
+    """
 
     def batch(step: int) -> Batch:
         step += offset
@@ -39,9 +51,11 @@ def batches(
         lot = torch.rand(1, generator=generator(plan.seed * 7919 + step)).item()
         if prompts is not None and lot < plan.distil_retrieval:
             ids, answer = prompts(length, rows, step)
-            return {"ids": ids, "weight": torch.where(answer[:, 1:], ANSWER_WEIGHT, 1.0)}
-        ids = corpus.batch(step, length, rows)
-        return {"ids": ids, "weight": torch.ones(rows, length - 1)}
+            weight = torch.where(answer[:, 1:], ANSWER_WEIGHT, 1.0)
+        else:
+            ids, weight = corpus.batch(step, length, rows), torch.ones(rows, length - 1)
+        positions = jumped_positions(ids, reach, plan.seed * 5003 + step)
+        return {"ids": ids, "weight": weight} | ({} if positions is None else {"positions": positions})
 
     return batch
 
@@ -67,7 +81,7 @@ def make_loss(teacher: "Teacher", plan: Plan) -> Callable[[nn.Module, Batch], tu
     def loss(student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         ids, weight = batch["ids"], batch["weight"]
         keep = scored_positions(plan, ids.shape[1], weight, int(ids[0, :64].sum())).to(ids.device)
-        ours = student(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        ours = student(**model_inputs(ids, batch.get("positions")), use_cache=False, logits_to_keep=keep).logits
         wanted = teacher.logits(batch, keep) if plan.distil_kl else ours.detach()
         share = weight.to(ids.device)[:, keep].reshape(-1)
         share = share / share.sum().clamp_min(1e-6)
@@ -88,11 +102,11 @@ class Teacher:
     def logits(self, batch: Batch, keep: Tensor) -> Tensor:
         """Return [B, N, vocabulary] logits of the predictions `keep`."""
         if self.folder is None or not self.top:
-            return self._run(batch["ids"], keep)
-        path = self.folder / f"{_name(batch['ids'])}.safetensors"
+            return self._run(batch, keep)
+        path = self.folder / f"{_name(batch)}.safetensors"
         missing = not path.exists()
         if any_process(missing) if is_sharded(self.model) else missing:  # a sharded model runs in all or in none
-            full = self._run(batch["ids"], torch.arange(batch["ids"].shape[1] - 1, device=batch["ids"].device))
+            full = self._run(batch, torch.arange(batch["ids"].shape[1] - 1, device=batch["ids"].device))
             logs = full.float().log_softmax(-1)
             best = logs.topk(min(self.top, logs.shape[-1]), dim=-1)
             held = {"values": best.values.half(), "indices": best.indices.int()}
@@ -113,11 +127,12 @@ class Teacher:
             return 0
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
-    def _run(self, ids: Tensor, keep: Tensor) -> Tensor:
+    def _run(self, batch: Batch, keep: Tensor) -> Tensor:
         home = next(self.model.parameters()).device
+        inputs = to_device(model_inputs(batch["ids"], batch.get("positions")), home)
         with autocast(self.precision, home):
-            logits = self.model(input_ids=ids.to(home), use_cache=False, logits_to_keep=keep.to(home)).logits
-        return logits.to(ids.device)
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=keep.to(home)).logits
+        return logits.to(batch["ids"].device)
 
 
 def _spread(values: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
@@ -127,10 +142,13 @@ def _spread(values: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
     return full.scatter_(-1, indices, values)
 
 
-def _name(ids: Tensor) -> str:
+def _name(batch: Batch) -> str:
     import hashlib
 
-    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:24]
+    named = hashlib.sha256(batch["ids"].cpu().numpy().tobytes())
+    if "positions" in batch:
+        named.update(batch["positions"].cpu().numpy().tobytes())
+    return named.hexdigest()[:24]
 
 
 def learners(student: nn.Module, plan: Plan, targets: Sequence[str]) -> nn.Module:

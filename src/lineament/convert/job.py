@@ -50,6 +50,11 @@ class Job:
             self._corpora[split] = make_corpus(self.documents[split], self.tokenizer, self.plan.seed)
         return self._corpora[split]
 
+    @property
+    def reach(self) -> int:
+        """How far training positions go: as the plan says, within what the teacher was made for."""
+        return min(self.plan.reach, self.info.positions or self.plan.reach)
+
     def prompts(self, split: str) -> MakePrompts:
         """Return the maker of retrieval prompts of a split ("train" or "place")."""
         return prompt_maker(

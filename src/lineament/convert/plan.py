@@ -57,6 +57,8 @@ class Plan:
         data: names, files or folders for `data.load_text`; calibration_tokens: for gates and scales.
         evaluate_lengths, evaluate_tokens, evaluate_prompts, evaluate_precision: the final
             measurement; 0 tokens = none.
+        reach: training positions go up to here, at most as far as the teacher's own, by a jump inside each shorter
+            sequence, so that students of short sequences know longer texts; 0 = positions as they are.
         seed: of everything drawn at random. checkpoint_every: steps between checkpoints.
 
     Example:
@@ -105,6 +107,7 @@ class Plan:
     budget_transfer: float = 0.35
     precision: str = "auto"
     data: tuple[str, ...] = ("wiki-sample", "docs")
+    reach: int = 0
     calibration_tokens: int = 4096
     evaluate_lengths: tuple[int, ...] = (512, 2048, 8192)
     evaluate_tokens: int = 16384
@@ -220,7 +223,7 @@ def _range_problems(plan: Plan):
         "damage_tokens": 1, "damage_prompts": 0, "evaluate_tokens": 0, "evaluate_prompts": 0, "checkpoint_every": 1,
         "transfer_lr": 0, "transfer_gate_lr": 0, "distil_lr": 0, "distil_mixer_lr": 0, "distil_gate_lr": 0,
         "distil_kl": 0, "distil_next": 0, "distil_positions": 0, "transfer_positions": 0, "seed": 0,
-        "transfer_far_sinks": 0,
+        "transfer_far_sinks": 0, "reach": 0,
     }  # fmt: skip
     for name, low in at_least.items():
         if not getattr(plan, name) >= low:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 
 from lineament import io
 from lineament._base.seeds import seeded
@@ -17,7 +17,7 @@ from lineament.convert import measure, select
 from lineament.convert import transfer as transferring
 from lineament.convert.budget import resolve_budget
 from lineament.convert.card import licence_of, model_card
-from lineament.convert.draws import draws, pool_windows
+from lineament.convert.draws import Window, draws, pool_windows, windows_of
 from lineament.convert.evaluate import evaluate, untrained_window
 from lineament.convert.inherit import calibrate, mixer_configs
 from lineament.convert.job import Job
@@ -140,7 +140,8 @@ def inherit(job: Job, full: Heads, table: DamageTable | None, work: Path, progre
     def make() -> None:
         length = min(max(plan.transfer_lengths), plan.calibration_tokens, *_shortest(job))
         rows = max(1, plan.calibration_tokens // length)
-        windows = [job.corpus("place").batch(step, length, 1) for step in range(rows)]
+        ids = [job.corpus("place").batch(step, length, 1) for step in range(rows)]
+        windows = windows_of(job, ids, plan.seed * 4001 + 1_000_000)
         for layer, pool in _pools(job, found, windows, full, fillings):
             if layer in fillings:
                 own: dict[str, Any] = {"window": plan.window, "sinks": plan.sinks}
@@ -152,7 +153,7 @@ def inherit(job: Job, full: Heads, table: DamageTable | None, work: Path, progre
     return student
 
 
-def _pools(job: Job, found: Parts, windows: Sequence[Tensor], full: Heads, fillings: Mapping[int, nn.Module]):
+def _pools(job: Job, found: Parts, windows: Sequence[Window], full: Heads, fillings: Mapping[int, nn.Module]):
     return transferring.pooled_layers(
         job.teacher, found.layers, found.attentions, windows, full_heads=full, precision=job.precision,
         last=max(fillings, default=-1),

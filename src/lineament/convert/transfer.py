@@ -21,8 +21,10 @@ from lineament.convert.plan import Plan
 from lineament.convert.precision import autocast
 from lineament.convert.probe import Call, probing
 from lineament.graph import stream
+from lineament.graph.stream import Batch
 from lineament.models.adapters import adapter_for
 from lineament.train import FitConfig, fit
+from lineament.train.loop import to_device
 
 GATES = (
     "*log_scale", "*scale_query", "*gate_key", "*gate_bias", "*decay", "*decay_bias", "*decay_rate", "*temperature",
@@ -51,15 +53,16 @@ def pooled_layers(
     model: nn.Module,
     layers: Sequence[str],
     attentions: Sequence[nn.Module],
-    windows: Sequence[Tensor],
+    windows: Sequence[Batch],
     *,
     full_heads: Mapping[int, Sequence[int]],
     precision: str,
     last: int | None = None,
 ) -> Iterator[tuple[int, LayerPool]]:
-    """Carry a pool of windows ([1, T] ids each) through the teacher, yielding every layer's queries, keys and values.
+    """Carry a pool of windows through the teacher, yielding every layer's queries, keys and values.
 
     Args:
+        windows: ids [1, T] each, or the model's arguments.
         full_heads: {layer: key-value heads left out because they stay softmax}.
         last: stop after this layer; None goes through all.
     """
@@ -67,7 +70,7 @@ def pooled_layers(
     stop = len(layers) if last is None else last + 1
     keep_dtype = torch.bfloat16 if precision == "bf16" else None
     with autocast(precision, device):
-        streams = [stream(model, layers[:stop], ids.to(device)) for ids in windows]
+        streams = [stream(model, layers[:stop], to_device(one, device)) for one in windows]
         calls = [next(one) for one in streams]
     for index in range(stop):
         pool = LayerPool([], [], [], [], [])
@@ -292,7 +295,7 @@ def transfer(
     layers: Sequence[str],
     attentions: Sequence[nn.Module],
     mixers: dict[int, nn.Module],
-    windows: Sequence[Tensor],
+    windows: Sequence[Batch],
     plan: Plan,
     folder: Path,
     *,
@@ -305,7 +308,7 @@ def transfer(
 
     Args:
         model, layers, attentions: the teacher. mixers: {layer: filling}, trained in place.
-        windows: the pool, [1, T] ids each. answers: where their answers stand, bool [1, T] each.
+        windows: the pool, see `pooled_layers`. answers: where their answers stand, bool [1, T] each.
         folder: takes one file per finished layer.
 
     Returns:

@@ -224,7 +224,8 @@ def _of_stretch(part: Part, kwargs: dict[str, Any], given: Tensor) -> dict[str, 
 def find_rows(kwargs: dict[str, Any], batch: int, length: int) -> Rows | None:
     """Find padding (attention_mask [B, past + T]) and packing (position_ids that restart) of a call; None for neither.
 
-    With padding in the mask, restarts are not read as packing, as in transformers.
+    With padding in the mask, restarts are not read as packing, as in transformers. With a mask of ones a jump forward
+    is a distance, not another document.
     """
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):
@@ -241,7 +242,8 @@ def find_rows(kwargs: dict[str, Any], batch: int, length: int) -> Rows | None:
     positions = kwargs.get("position_ids")
     if positions is None or length == 1 or exporting or positions.dim() != 2:
         return None
-    starts = torch.nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0))
+    steps = positions.diff(dim=-1)
+    starts = torch.nn.functional.pad(steps != 1 if mask is None else steps < 1, (1, 0))
     if not bool(starts.any()):
         return None
     return Rows.make(None, starts.expand(batch, -1))
