@@ -164,10 +164,10 @@ def shown(evidence: Evidence) -> Table:
     return table(rows, title=f"{evidence.name}: {evidence.verdict}", columns=columns)
 
 
-def in_megabytes(rows: Sequence[Row]) -> list[Row]:
+def in_megabytes(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Return rows for people to read: caches in megabytes."""
     found = []
-    for row in rows:
+    for row in map(dict, rows):
         if row["measure"].startswith("cache bytes"):
             size = {name: round(row[name] / 1e6) for name in PAIR if row.get(name) is not None}
             row = {**row, **size, "measure": row["measure"].replace("bytes", "MB")}

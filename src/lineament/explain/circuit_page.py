@@ -166,10 +166,8 @@ def circuit_of(
         )
         chosen = right.nonzero().flatten().tolist()
         if len(chosen) < 2:
-            raise InputError(
-                f"{model} solves {len(chosen)} of {len(pairs)} prompts of {task}; a circuit needs at least 2 that it "
-                "solves: ask for more prompts, or an easier task"
-            )
+            solves = f"{model} solves {len(chosen)} of {len(pairs)} prompts of {task}"
+            raise InputError(f"{solves}; a circuit needs at least 2 that it solves: ask for more, or an easier task")
         count = max(1, round(len(chosen) * (1 - held_out)))
         found = circuit(net, *batch(encoded.rows(chosen[:count])), said=said, parts=parts, **how)
         others = batch(encoded.rows(chosen[count:])) if chosen[count:] else None
