@@ -13,6 +13,7 @@ OURS: dict[str, Any] = {  # what both of our plans share
     "transfer_lr": 3e-2,
     "transfer_lengths": (1024, 4096),  # what far codes get wrong adds up with the tokens they stand for
     "transfer_tokens": 2048,
+    "reach": 8192,  # codes know no rotations but those that they have seen
     "distil_lengths": (2048, 4096),
     "distil_positions": 512,
     "distil_mixer_lr": 3e-3,
