@@ -1,7 +1,5 @@
 """Bytes of cache, speeds in turn, peak memory."""
 
-import time
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -83,12 +81,19 @@ def test_a_long_prompt_is_read_both_ways_and_the_better_one_counts(monkeypatch):
     assert read.tokens_per_second == pytest.approx(20 / read.median)
 
 
-def test_a_way_that_is_clearly_slower_is_tried_once(monkeypatch):
-    calls = []
+@pytest.mark.parametrize(("pieces", "tries"), [(2.0, 1), (1.1, 3)])
+def test_a_way_that_is_clearly_slower_is_tried_once(monkeypatch, pieces, tries):
+    tried = []
+
+    def clock(steps, repeats, *_):
+        tried.extend(name for name in steps for _ in range(repeats))
+        return {name: [pieces if name.endswith("in pieces") else 1.0] * repeats for name in steps}
+
     monkeypatch.setattr(room, "PIECE", 32)
-    monkeypatch.setattr(room, "prefill", lambda *_, **__: (calls.append(1), time.sleep(0.5)))
+    monkeypatch.setattr(room, "in_turn", clock)
     found = prefill_speed({"teacher": tiny_teacher("llama")}, 70, repeats=3)["teacher"]
-    assert (found.cache, len(found.seconds), len(calls)) == ("dynamic", 3, 1)
+    assert (found.cache, found.seconds) == ("dynamic", (1.0,) * 3)
+    assert sum(name.endswith("in pieces") for name in tried) == tries
 
 
 def test_peak_memory_sees_what_was_held():
