@@ -1,7 +1,6 @@
 """What a conversion trains on, drawn by step number: the pool of transfer, the batches of distillation."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,16 +8,15 @@ from torch import Tensor
 from lineament.convert import distil as distillation
 from lineament.convert.job import Job
 from lineament.convert.positions import jumped_positions, model_inputs
+from lineament.graph.stream import Batch
 
-Window = dict[str, Any]
 
-
-def windows_of(job: Job, ids: Sequence[Tensor], seed: int) -> list[Window]:
+def windows_of(job: Job, ids: Sequence[Tensor], seed: int) -> list[Batch]:
     """Return a teacher's arguments for windows [1, T] of ids, their positions spread as the plan says."""
     return [model_inputs(one, jumped_positions(one, job.reach, seed + at)) for at, one in enumerate(ids)]
 
 
-def pool_windows(job: Job) -> tuple[list[Window], list[Tensor]]:
+def pool_windows(job: Job) -> tuple[list[Batch], list[Tensor]]:
     """Return the windows of the transfer pool, training text and a share of retrieval prompts, and their answers."""
     plan = job.plan
     length = max(plan.transfer_lengths)

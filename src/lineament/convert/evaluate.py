@@ -116,7 +116,8 @@ def evaluate(
     """
     if not any(any(text.strip() for text in one) for one in texts.values()):
         raise InputError("there is no test text; give --data with more text")
-    start, rows = time.perf_counter(), list[Row]()
+    start = time.perf_counter()
+    rows: list[Row] = []
     device = next(student.parameters()).device
     precision = resolve(precision, device)
     sample = next(text for one in texts.values() for text in one if text.strip())

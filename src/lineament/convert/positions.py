@@ -2,7 +2,7 @@
 
 Keys and queries are rotated by their positions, so codes that have only seen short sequences know nothing of the
 rotations beyond. Teacher and student get the same jumps, and the cost is that of the short sequence. Half of the rows
-keep their positions: with jumps in all, the first 2048 tokens lost half a percent (docs/log.md).
+keep their positions: jumps in all cost half a percent at 2048 tokens (docs/log.md).
 """
 
 import torch

@@ -17,7 +17,7 @@ from lineament.convert import measure, select
 from lineament.convert import transfer as transferring
 from lineament.convert.budget import resolve_budget
 from lineament.convert.card import licence_of, model_card
-from lineament.convert.draws import Window, draws, pool_windows, windows_of
+from lineament.convert.draws import draws, pool_windows, windows_of
 from lineament.convert.evaluate import evaluate, untrained_window
 from lineament.convert.inherit import calibrate, mixer_configs
 from lineament.convert.job import Job
@@ -29,6 +29,7 @@ from lineament.convert.progress import Progress
 from lineament.convert.select import DamageTable, Heads
 from lineament.convert.thresholds import bar_of
 from lineament.convert.warm_up import measure_timing
+from lineament.graph.stream import Batch
 from lineament.models.student import build_student
 from lineament.report import Evidence
 
@@ -144,8 +145,9 @@ def inherit(job: Job, full: Heads, table: DamageTable | None, work: Path, progre
         windows = windows_of(job, ids, plan.seed * 4001 + 1_000_000)
         for layer, pool in _pools(job, found, windows, full, fillings):
             if layer in fillings:
-                own: dict[str, Any] = {"window": plan.window, "sinks": plan.sinks}
-                calibrate(fillings[layer], pool, sink_code=plan.transfer_far_sinks > 0, **own)
+                calibrate(
+                    fillings[layer], pool, window=plan.window, sinks=plan.sinks, sink_code=plan.transfer_far_sinks > 0
+                )
         _save_fillings(fillings, path)
 
     _once(path, make)
@@ -153,7 +155,7 @@ def inherit(job: Job, full: Heads, table: DamageTable | None, work: Path, progre
     return student
 
 
-def _pools(job: Job, found: Parts, windows: Sequence[Window], full: Heads, fillings: Mapping[int, nn.Module]):
+def _pools(job: Job, found: Parts, windows: Sequence[Batch], full: Heads, fillings: Mapping[int, nn.Module]):
     return transferring.pooled_layers(
         job.teacher, found.layers, found.attentions, windows, full_heads=full, precision=job.precision,
         last=max(fillings, default=-1),

@@ -232,6 +232,7 @@ def student_class(cls: type) -> type:
         "__module__": __name__,
         "__doc__": f"{cls.__name__} with linear mixers in some layers.",
     }
+    # OPT's model without head holds its decoder, those of all others are theirs
     is_decoder = cls is AutoModel._model_mapping[CONFIG_MAPPING[model_type]] and "." not in ADAPTERS[model_type].decoder
     bases = (_Student, Decoder, cls) if is_decoder else (_Student, cls)
     return _published(type(f"Lineament{cls.__name__}", bases, body))
