@@ -42,6 +42,9 @@ def test_a_word_is_tokenised_where_it_stands(spaced, bytewise):
     assert bytewise.convert_ids_to_tokens(going_on(bytewise, "year 17", "5")) == ["5"]  # 175 would be another token
     with pytest.raises(ValueError, match="makes no token of ''"):
         going_on(bytewise, TEXT, "")
+    with pytest.raises(ValueError, match="has no token for ' Zoë', only its '<unk>'"):
+        going_on(spaced, TEXT, " Zoë")
+    assert spaced.unk_token_id in going_on(spaced, TEXT, "<unk>")  # asked for by name
 
 
 def test_pieces_make_up_the_text(spaced, bytewise):

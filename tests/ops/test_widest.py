@@ -5,8 +5,9 @@ import torch
 from recurrence_problems import everything, problem, worst
 
 from lineament.nn import decays
-from lineament.ops import window_reference
+from lineament.ops import tensor_polynomial, window_reference
 from lineament.ops.recurrence import autograd, pairs
+from lineament.ops.tensor_polynomial import polynomial_error, polynomial_tensor_attention
 from lineament.ops.window import windowed_linear_attention
 
 
@@ -14,7 +15,7 @@ from lineament.ops.window import windowed_linear_attention
 def asked(monkeypatch):
     """Answer float32, and keep which devices were asked about."""
     devices = []
-    for module in (autograd, pairs, window_reference, decays):
+    for module in (autograd, pairs, window_reference, decays, tensor_polynomial):
         monkeypatch.setattr(module, "widest", lambda device: devices.append(device) or torch.float32)
     return devices
 
@@ -36,3 +37,15 @@ def test_the_window_and_the_decays_of_retnet(asked):
     assert len(asked) == 2
     assert decay.dtype == torch.float32
     torch.testing.assert_close(found, windowed_linear_attention(x, x, x, x, x, far, **options, backend="blocked")[0])
+
+
+def test_attention_over_pairs_by_polynomials(asked):
+    q, keys = torch.rand(1, 6, 2, 3), [torch.rand(1, 6, 2, 3) for _ in range(2)]
+    values = [torch.randn(1, 6, 2, 4) for _ in range(2)]
+    for method in ("taylor", "chebyshev"):
+        found = polynomial_tensor_attention(q, keys, values, method=method)
+        wide = [x.double() for x in (q, *keys, *values)]
+        expected = polynomial_tensor_attention(wide[0], wide[1:3], wide[3:], method=method)
+        torch.testing.assert_close(found, expected.float())
+        assert polynomial_error(q, keys, values, method=method).dtype == torch.float32
+    assert asked

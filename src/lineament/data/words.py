@@ -17,7 +17,7 @@ def going_on(tokenizer: Any, text: str, word: str) -> list[int]:
         word: with its space in front, if it has one.
 
     Raises:
-        InputError: the tokenizer makes nothing of the word.
+        InputError: the tokenizer makes nothing of the word, or has no token for a part of it.
     """
     whole, before = (tokenizer(said, add_special_tokens=False)["input_ids"] for said in (text + word, text))
     count = len(before)
@@ -25,6 +25,10 @@ def going_on(tokenizer: Any, text: str, word: str) -> list[int]:
     found = found or tokenizer(word, add_special_tokens=False)["input_ids"]
     if not found:
         raise InputError(f"the tokenizer makes no token of {word!r}")
+    if tokenizer.unk_token_id in found and tokenizer.unk_token not in word:
+        raise InputError(
+            f"the tokenizer has no token for {word!r}, only its {tokenizer.unk_token!r}; give another word"
+        )
     return found
 
 

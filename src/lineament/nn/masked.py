@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+from lineament._base.backends import widest
 from lineament._base.errors import InputError, unknown
 from lineament._base.seeds import generator
 
@@ -27,7 +28,7 @@ class GroupMask:
     @property
     def density(self) -> float:
         """The share of edges that are there."""
-        return float(self.edges.double().mean())
+        return float(self.edges.to(widest(self.edges.device)).mean())
 
     @property
     def same_group(self) -> Tensor:
@@ -42,7 +43,7 @@ class GroupMask:
     @property
     def modularity(self) -> float:
         """Barber's modularity of the layer: edges inside groups beyond those of a random graph of equal degrees."""
-        edges = self.edges.double()
+        edges = self.edges.to(widest(self.edges.device))
         expected = edges.sum(1, keepdim=True) * edges.sum(0, keepdim=True) / edges.sum().clamp_min(1)
         return float(((edges - expected) * self.same_group).sum() / edges.sum().clamp_min(1))
 
@@ -209,7 +210,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight, mask, group = layer.masked_weight().detach(), layer.mask, layer.output_groups
         rows = [(group == g).nonzero().flatten() for g in group.unique()]
-        columns = [(mask[r].double().mean(0) >= 0.5).nonzero().flatten() for r in rows]
+        columns = [(2 * mask[r].sum(0) >= len(r)).nonzero().flatten() for r in rows]
         height, width = max(map(len, rows)), max(1, *map(len, columns))
         tiles, inside = weight.new_zeros(len(rows), width, height), torch.zeros_like(mask)
         index = torch.zeros(len(rows), width, dtype=torch.long, device=mask.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lineament._base.autocast import without_autocast
+from lineament._base.backends import widest
 from lineament._base.errors import InputError, unknown
 from lineament.ops.tensor_attention import check_combination
 
@@ -126,11 +127,12 @@ def polynomial_error(
     `2 d / (1 - d) max |v1| max |v2|`, d = `kernel_error` at the query's radius; infinite where d >= 1.
     """
     check_combination(q, keys, values, None)
-    size = _radius(q, keys, radius).double()
+    wide = widest(q.device)
+    size = _radius(q, keys, radius).to(wide)
     d = kernel_error(size, degree, method)
-    largest = reduce(torch.mul, [v.detach().double().abs().amax(1) for v in values]).amax(-1)  # [B, H]
+    largest = reduce(torch.mul, [v.detach().to(wide).abs().amax(1) for v in values]).amax(-1)  # [B, H]
     largest = largest.repeat_interleave(q.shape[2] // largest.shape[1], 1)[:, None]
-    return torch.where(d < 1, 2 * d / (1 - d).clamp_min(1e-300) * largest, math.inf)
+    return torch.where(d < 1, 2 * d / (1 - d).clamp_min(torch.finfo(wide).tiny) * largest, math.inf)
 
 
 def kernel_error(radius: Tensor | float, degree: int, method: str = "taylor") -> Tensor:
@@ -144,7 +146,8 @@ def kernel_error(radius: Tensor | float, degree: int, method: str = "taylor") ->
     """
     if method not in METHODS:
         raise unknown("method of the polynomial", method, METHODS)
-    size = torch.as_tensor(radius, dtype=torch.float64)
+    size = torch.as_tensor(radius)
+    size = size.to(widest(size.device))
     # Taylor's remainder is at most R^(g+1) / (g+1)! below 0, and e^x times that above; Chebyshev's is spread evenly
     growth = size.exp() if method == "taylor" else (2 * size).exp() * 2.0**-degree
     return growth * size ** (degree + 1) / math.factorial(degree + 1)
@@ -193,7 +196,7 @@ def _monomials(width: int, degree: int) -> _Monomials:
         sizes += [p] * len(now)
         counts += [math.factorial(p) / math.prod(math.factorial(m.count(c)) for c in set(m)) for m in now]
         before = now
-    return _Monomials(tuple(levels), torch.tensor(sizes), torch.tensor(counts, dtype=torch.float64))
+    return _Monomials(tuple(levels), torch.tensor(sizes), torch.tensor(counts, dtype=torch.float64))  # on the CPU
 
 
 def _powers(x: Tensor, plan: _Monomials) -> Tensor:
@@ -217,13 +220,14 @@ def _radius(q: Tensor, keys: Sequence[Tensor], radius: float | None) -> Tensor:
 
 
 def _coefficients(size: Tensor, degree: int, method: str) -> Tensor:
-    """Return c_0 ... c_g of the polynomial in the score for each radius [...]: [..., g + 1], in float64."""
+    """Return c_0 ... c_g of the polynomial in the score for each radius [...]: [..., g + 1], wide."""
     if method not in METHODS:
         raise unknown("method of the polynomial", method, METHODS)
-    power = torch.arange(degree + 1, dtype=torch.float64, device=size.device)
+    wide = widest(size.device)
+    power = torch.arange(degree + 1, dtype=wide, device=size.device)
     if method == "taylor":
         return (-torch.lgamma(power + 1)).exp().expand(*size.shape, -1)
-    size = size.double().clamp_min(1e-2)[..., None]  # below that, 0 / 0
+    size = size.to(wide).clamp_min(1e-2)[..., None]  # below that, 0 / 0
     nodes = (math.pi * (power + 0.5) / (degree + 1)).cos()
     inverse = torch.linalg.inv(nodes[:, None] ** power)
     return (size * nodes).exp() @ inverse.T / size**power
@@ -235,7 +239,7 @@ def _mapped(q, keys, degree, method, radius) -> tuple[Tensor, list[Tensor]]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     c = _coefficients(_radius(q, keys, radius), degree, method)[..., plan.degree.to(q.device)]
     with without_autocast(q.device):
-        left = _powers(q.to(dtype), plan) * (c * plan.count.to(q.device)).to(dtype)
+        left = _powers(q.to(dtype), plan) * (c * plan.count.to(c.dtype).to(q.device)).to(dtype)
         maps = [_powers(k.to(dtype), plan).transpose(1, 2) for k in keys]
     return left.transpose(1, 2), maps
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lineament._base.backends import widest
 from lineament.ops.parallel.collectives import carried, moved_by, only_if, tied
 from lineament.ops.parallel.part import Part
 
@@ -61,7 +62,7 @@ def scan_parallel(part: Part, run: Run, x: Tensor, log_decay: Tensor, state: Ten
     packed, first = part.documents is not None, part.borders[1]
     entering, leaving = (slice(0, 1), slice(-1, None)) if packed else (slice(None), slice(None))
     o, last = run(x, log_decay, state if part.rank == 0 else torch.zeros_like(state))
-    reach = log_decay[:, :first].double().cumsum(1).to(state.dtype).exp()
+    reach = log_decay[:, :first].to(widest(log_decay.device)).cumsum(1).to(state.dtype).exp()
     moved, ends = reach[:, -1], len(part.borders) == 2 or not packed
     left = only_if(part.goes_on, last[leaving])[:, None, :, None]
     reached = carried(part, left, only_if(ends and part.goes_on, moved)[:, None])[:, 0, :, 0]
@@ -85,7 +86,7 @@ def _decayed(part: Part, q: Tensor, log_decay: Tensor | None, state: Tensor) -> 
     if log_decay is None:
         factor = state.new_ones(q.shape[0], first, Hs, 1)
     else:
-        sums = log_decay[:, :first].double().cumsum(1)
+        sums = log_decay[:, :first].to(widest(log_decay.device)).cumsum(1)
         factor = (sums if sums.dim() == 4 else sums[..., None]).to(state.dtype).exp()
     reach = (q[:, :first].unflatten(2, (Hs, -1)) * factor[:, :, :, None]).flatten(2, 3)
     rest = q.new_zeros(q.shape[0], q.shape[1] - first, heads, K)

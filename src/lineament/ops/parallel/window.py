@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lineament._base.backends import widest
 from lineament.ops.parallel.collectives import Span, carried, exchange, only_if, tied
 from lineament.ops.parallel.part import Part
 from lineament.ops.window_state import WindowState, empty_state, expanded
@@ -63,7 +64,8 @@ def _left_behind(
     first = max(0, sinks - (before - past))
     last = phi_k.shape[1] - window  # keys from here on are still in the window at the end
     R, Hk = phi_k.shape[0], phi_k.shape[2]
-    clock = like.new_zeros(R, total, Hk, dtype=torch.float64) if log_decay is None else log_decay.double().cumsum(1)
+    wide = widest(like.device)
+    clock = like.new_zeros(R, total, Hk, dtype=wide) if log_decay is None else log_decay.to(wide).cumsum(1)
     far = tied(like.new_zeros(R, *like.shape[1:]), phi_k, v)  # in the graph also where no key leaves the window
     for start in range(first, last, BLOCK):
         keys = slice(start, min(start + BLOCK, last))
