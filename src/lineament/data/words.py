@@ -25,7 +25,7 @@ def going_on(tokenizer: Any, text: str, word: str) -> list[int]:
     found = found or tokenizer(word, add_special_tokens=False)["input_ids"]
     if not found:
         raise InputError(f"the tokenizer makes no token of {word!r}")
-    if tokenizer.unk_token_id in found and tokenizer.unk_token not in word:
+    if getattr(tokenizer, "unk_token_id", None) in found and tokenizer.unk_token not in word:
         raise InputError(
             f"the tokenizer has no token for {word!r}, only its {tokenizer.unk_token!r}; give another word"
         )
