@@ -5,11 +5,11 @@ import torch
 
 from lineament._base.errors import InputError
 from lineament._base.extras import available
-from lineament.nn import BUILDERS, LayerState, MixerConfig, Rows, build, causal_softmax, quiet_log_scale
+from lineament.nn import BUILDERS, LayerState, Lightning, MixerConfig, Rows, build, causal_softmax, quiet_log_scale
 from lineament.nn.codes import start_codes
 from lineament.nn.feature_maps import Product
 from lineament.nn.state import leaves
-from lineament.ops import compiled
+from lineament.ops import compiled, decayed_attention
 
 B, T, HQ, HK, K, D = 2, 23, 6, 3, 8, 24
 OPTIONS = {
@@ -307,3 +307,16 @@ def test_bf16_inputs_keep_a_wide_state(kind):
     assert any(t.dtype == torch.float32 for _, t in leaves(state.filling)) or kind == "softmax-window"
     wide, _ = mixer(kind).float()(*(part.float() for part in (q, k, v)), x=x.float())
     assert (o.float() - wide).abs().max() < 0.15 * wide.abs().max()
+
+
+def test_the_decays_of_lightning_are_not_rounded_with_the_weights():
+    config = MixerConfig(kind="lightning", heads=3, key_heads=3, key_width=8, value_width=8, model_width=24)
+    layer = Lightning(config, layer=1, layers=4)
+    wide = layer.decays().clone()
+    assert wide.dtype == torch.float32
+    narrow = layer.bfloat16()
+    assert (narrow.log_decay / wide - 1).abs().max() > 1e-4
+    assert torch.equal(narrow.decays(), wide)
+    x = torch.randn(1, 9, 3, 8)
+    found = narrow(x, x, x, x=x)[0]
+    assert torch.equal(found, decayed_attention(x, x, x, wide.expand(1, 9, 3))[0])

@@ -112,18 +112,30 @@ class Lightning(nn.Module):
         super().__init__()
         self.config, self.place, self.none = config, (layer, layers), none
         self.register_buffer("log_decay", torch.empty(config.key_heads))
+        self.exact: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the decay of every key head."""
+        with torch.no_grad():
+            self.log_decay.copy_(self._decays())
+
+    def _decays(self) -> Tensor:
         layer, layers = self.place
         factor = 1.0 if layers == 1 else 1 - layer / (layers - 1) + 1e-5
-        with torch.no_grad():
-            self.log_decay.copy_(slopes(self.config.key_heads) * (0.0 if self.none else -factor))
+        return slopes(self.config.key_heads) * (0.0 if self.none else -factor)
+
+    def decays(self) -> Tensor:
+        """Return the log decays [key heads] in float32 or wider: by their formula where a cast has rounded them."""
+        if self.log_decay.dtype.itemsize >= 4:
+            return self.log_decay
+        if self.exact is None or self.exact.device != self.log_decay.device:
+            self.exact = self._decays().to(self.log_decay.device)
+        return self.exact
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, cu_seqlens: Tensor | None = None, state: State = None
     ) -> tuple[Tensor, State]:
         """See `HeadMixer`."""
-        terms = Terms(q, k, v, widened(self.log_decay).expand(k.shape[:-1]))
+        terms = Terms(q, k, v, self.decays().expand(k.shape[:-1]))
         return recur(terms, state=state, cu_seqlens=cu_seqlens, backend=self.backend)
