@@ -66,3 +66,23 @@ def test_an_adapter_with_biases_is_what_peft_merges(tmp_path, bias):
     merged, expected = Point.open(tmp_path / "lora"), Point.open(model.merge_and_unload())
     for name in merged:
         torch.testing.assert_close(merged[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_layers_that_stand_the_other_way_are_known_by_themselves(tmp_path, flag):
+    """peft turns its one flag for each layer; the file has that of the last one (here: written by hand)."""
+    tiny_teacher("gpt2").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_proj"], fan_in_fan_out=True))
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if "lora" in name:
+            nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(i))
+    model.save_pretrained(tmp_path / "lora")
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"fan_in_fan_out": flag}))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    merged = Point.open(tmp_path / "lora")
+    expected = Point.open(PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload())
+    assert any(not torch.equal(merged[name], Point.open(tmp_path / "base")[name]) for name in merged)
+    for name in merged:
+        torch.testing.assert_close(merged[name], expected[name], rtol=1e-5, atol=1e-5)

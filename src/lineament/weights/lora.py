@@ -65,11 +65,11 @@ def open_adapter(folder: Path, *, base: Any = None, lora: str = "merged", any_ba
     source = stored(weights, str(folder))
     if lora == "factors":
         return Point(((source, 1.0),))
-    pairs, whole = _pairs(folder, weights, config)
     base = base if base is not None else config.get("base_model_name_or_path")
     if base is None:
         raise InputError(f"{folder} names no base model; give base")
     point = Point.open(base)
+    pairs, whole = _pairs(folder, weights, config, point)
     _check_base(folder, config, point, str(base), any_base)
     # peft saves frozen embeddings beside their factors; they are the base's own
     frozen = [n for n in pairs if n in whole and n in point and weights.shape(whole[n]) == point.shape(n)]
@@ -144,9 +144,15 @@ def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _pairs(folder: Path, weights: io.Weights, config: Mapping[str, Any]) -> tuple[dict[str, Pair], dict[str, str]]:
-    """Sort an adapter's tensors: weight's name -> its factors; weight's name -> its whole replacement."""
-    pairs, whole = {}, {}
+def _pairs(
+    folder: Path, weights: io.Weights, config: Mapping[str, Any], base: Point
+) -> tuple[dict[str, Pair], dict[str, str]]:
+    """Sort an adapter's tensors: weight's name -> its factors; weight's name -> its whole replacement.
+
+    `fan_in_fan_out` is one flag, which peft corrects module by module: where a family has both kinds of layers, the
+    flag on file is that of the last module.
+    """
+    pairs, whole, both = {}, {}, _transposed(base)
     for key in weights.names:
         name = key.removeprefix(PREFIX)
         if match := re.fullmatch(r"(.*)\.lora_(embedding_)?A(\.weight)?", name):
@@ -156,7 +162,8 @@ def _pairs(folder: Path, weights: io.Weights, config: Mapping[str, Any]) -> tupl
                 raise InputError(f"{folder} has {key} and lacks {up}; get the adapter again")
             rank, alpha = _of(config, "rank_pattern", module, "r"), _of(config, "alpha_pattern", module, "lora_alpha")
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            flipped = embedding or bool(config.get("fan_in_fan_out"))
+            turned = module.rpartition(".")[2] in CONV1D if both else bool(config.get("fan_in_fan_out"))
+            flipped = embedding or turned
             pairs[f"{module}.weight"] = Pair(key, up, scale, flipped)
         elif not re.search(r"\.lora_(embedding_)?B(\.weight)?$", name):
             whole[name.replace(".modules_to_save", "").replace(".base_layer", "")] = key
