@@ -100,7 +100,7 @@ def test_queries_that_look_for_an_answer_are_always_compared():
 
 
 def test_sinks_count_as_far_in_every_so_many_steps_of_a_length():
-    own = plan(transfer_loss="attention-kl", transfer_far_sinks=3, transfer_lengths=(48, 96))
+    own = plan(transfer_loss="attention-kl", transfer_far_sinks=3, transfer_lengths=(48, 96), options=PRODUCT)
     _, _, fillings, pools, _ = student_and_pools(own)
     calibrate(fillings[0], pools[0], window=8, sinks=2, sink_code=True)
     batches = pool_batches(pools[0], own)
@@ -112,10 +112,12 @@ def test_sinks_count_as_far_in_every_so_many_steps_of_a_length():
     assert far > near
 
 
-@pytest.mark.parametrize("changes", [{"options": {}}, {"transfer_loss": "output-mse"}])
-def test_far_sinks_need_codes_and_a_divergence(changes):
-    with pytest.raises(InputError, match="transfer_far_sinks"):
-        plan(**{"transfer_loss": "attention-kl", "transfer_far_sinks": 4, **changes})
+def test_only_codes_learn_far_sinks():
+    assert plan(transfer_far_sinks=4, options=PRODUCT).far_sinks == 4
+    for other in ({}, {"map": "elu"}):
+        own = plan(transfer_loss="attention-kl", transfer_far_sinks=1, transfer_lengths=(48,), options=other)
+        _, _, _, pools, _ = student_and_pools(own)
+        assert "sinks" not in pool_batches(pools[0], own)(0)
 
 
 def test_transfer_brings_the_weights_to_the_teacher_s(tmp_path):

@@ -43,7 +43,7 @@ class Plan:
             transfer_lr (maps), transfer_gate_lr (gates, decays, temperatures), transfer_pool (sequences held),
             transfer_positions (queries of a sequence that attention-kl compares; 0 = all), transfer_far_sinks
             (every so many steps of a length the sinks count as far, so that codes, one of which begins at a sink's
-            key, learn what such a key weighs beyond the window; 0 = never).
+            key, learn what such a key weighs beyond the window; 0 = never; of product maps only).
         distil: "lora" (peft, merged before saving; needs the extra lora), "full", "mixers" (only the new
             parts) or "none". distil_kl, distil_next: weights of the KL to the teacher and of the next token.
             distil_retrieval: share of steps that are synthetic retrieval prompts (training templates).
@@ -121,6 +121,11 @@ class Plan:
         problems = list(_range_problems(self))
         if problems:
             raise InputError("; ".join(problems))
+
+    @property
+    def far_sinks(self) -> int:
+        """`transfer_far_sinks` where there are codes to learn them, else 0."""
+        return self.transfer_far_sinks if self.options.get("map") == "product" else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
@@ -239,11 +244,6 @@ def _range_problems(plan: Plan):
             yield f"plan field {name} is empty; expected at least one name"
     if plan.state_share and plan.options.get("map") != "product":
         yield "plan field state_share gives out the codes of a product map; set it to 0 or options.map to product"
-    if plan.transfer_far_sinks and (plan.options.get("map") != "product" or plan.transfer_loss == "output-mse"):
-        yield (
-            "plan field transfer_far_sinks teaches codes what softmax gives a sink; it needs options.map product "
-            "and a transfer_loss with attention-kl"
-        )
     if plan.distil != "none" and plan.distil_steps and not plan.distil_kl + plan.distil_next:
         yield "plan fields distil_kl and distil_next are both 0; nothing would be learned"
     for parse, value in ((parse_keep, plan.keep), (parse_budget, plan.budget)):

@@ -13,6 +13,7 @@ OURS: dict[str, Any] = {  # what both of our plans share
     "transfer_lr": 3e-2,
     "transfer_lengths": (1024, 4096),  # what far codes get wrong adds up with the tokens they stand for
     "transfer_tokens": 2048,
+    "transfer_far_sinks": 4,  # a second sink may stand behind the tokens that stay exact
     "reach": 8192,  # codes know no rotations but those that they have seen
     "distil_lengths": (2048, 4096),
     "distil_positions": 512,
@@ -37,7 +38,6 @@ PLANS: dict[str, Plan] = {
         state_share=0.02,
         transfer_steps=200,
         transfer_pool=24,
-        transfer_far_sinks=4,  # no head is left that attends to a second sink exactly
         budget_transfer=0.45,
         distil_retrieval=0.4,
     ),

@@ -145,9 +145,7 @@ def inherit(job: Job, full: Heads, table: DamageTable | None, work: Path, progre
         windows = windows_of(job, ids, plan.seed * 4001 + 1_000_000)
         for layer, pool in _pools(job, found, windows, full, fillings):
             if layer in fillings:
-                calibrate(
-                    fillings[layer], pool, window=plan.window, sinks=plan.sinks, sink_code=plan.transfer_far_sinks > 0
-                )
+                calibrate(fillings[layer], pool, window=plan.window, sinks=plan.sinks, sink_code=plan.far_sinks > 0)
         _save_fillings(fillings, path)
 
     _once(path, make)

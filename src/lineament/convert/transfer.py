@@ -248,7 +248,7 @@ def pool_batches(
             return found
         asked = [answers[row][:, :length] if answers else torch.zeros(1, length, dtype=torch.bool) for row in chosen]
         found["rows"], found["weight"] = scored_rows(plan, torch.cat(asked), step)
-        if plan.transfer_far_sinks and (step // len(plan.transfer_lengths) + 1) % plan.transfer_far_sinks == 0:
+        if plan.far_sinks and (step // len(plan.transfer_lengths) + 1) % plan.far_sinks == 0:
             found["sinks"] = torch.tensor(0)  # another sink may stand anywhere in a text
         return found
 
