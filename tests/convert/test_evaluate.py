@@ -130,7 +130,7 @@ def test_nothing_is_read_beyond_the_last_learned_position(texts, family):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.6, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.3, 0.9))])
 def test_a_measurement_goes_on_where_it_was_cut_off(models, texts, whole, tmp_path, share):
     evidence, forwards = whole
     said, last = [], int(share * forwards)
