@@ -113,7 +113,8 @@ def test_sinks_count_as_far_in_every_so_many_steps_of_a_length():
 
 
 def test_only_codes_learn_far_sinks():
-    assert plan(transfer_far_sinks=4, options=PRODUCT).far_sinks == 4
+    assert plan(transfer_far_sinks=4, options=PRODUCT, transfer_loss="both").far_sinks == 4
+    assert plan(transfer_far_sinks=4, options=PRODUCT, transfer_loss="output-mse").far_sinks == 0
     for other in ({}, {"map": "elu"}):
         own = plan(transfer_loss="attention-kl", transfer_far_sinks=1, transfer_lengths=(48,), options=other)
         _, _, _, pools, _ = student_and_pools(own)

@@ -43,7 +43,8 @@ class Plan:
             transfer_lr (maps), transfer_gate_lr (gates, decays, temperatures), transfer_pool (sequences held),
             transfer_positions (queries of a sequence that attention-kl compares; 0 = all), transfer_far_sinks
             (every so many steps of a length the sinks count as far, so that codes, one of which begins at a sink's
-            key, learn what such a key weighs beyond the window; 0 = never; of product maps only).
+            key, learn what such a key weighs beyond the window; 0 = never; of product maps with
+            attention-kl only).
         distil: "lora" (peft, merged before saving; needs the extra lora), "full", "mixers" (only the new
             parts) or "none". distil_kl, distil_next: weights of the KL to the teacher and of the next token.
             distil_retrieval: share of steps that are synthetic retrieval prompts (training templates).
@@ -124,8 +125,9 @@ class Plan:
 
     @property
     def far_sinks(self) -> int:
-        """`transfer_far_sinks` where there are codes to learn them, else 0."""
-        return self.transfer_far_sinks if self.options.get("map") == "product" else 0
+        """`transfer_far_sinks` where there are codes and a loss that teach them, else 0."""
+        learned = self.options.get("map") == "product" and self.transfer_loss != "output-mse"
+        return self.transfer_far_sinks if learned else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""

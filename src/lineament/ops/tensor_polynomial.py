@@ -146,8 +146,7 @@ def kernel_error(radius: Tensor | float, degree: int, method: str = "taylor") ->
     """
     if method not in METHODS:
         raise unknown("method of the polynomial", method, METHODS)
-    size = torch.as_tensor(radius)
-    size = size.to(widest(size.device))
+    size = torch.as_tensor(radius, dtype=widest(radius.device) if isinstance(radius, Tensor) else torch.float64)
     # Taylor's remainder is at most R^(g+1) / (g+1)! below 0, and e^x times that above; Chebyshev's is spread evenly
     growth = size.exp() if method == "taylor" else (2 * size).exp() * 2.0**-degree
     return growth * size ** (degree + 1) / math.factorial(degree + 1)
