@@ -218,8 +218,10 @@ def encode(tokenizer: Any, pairs: Sequence[Pair]) -> Encoded:
 
 def one_token(tokenizer: Any, word: str) -> bool:
     """Return whether a tokenizer has a word, in the middle of a sentence, as one token."""
-    found = going_on(tokenizer, "Then", word)
-    return len(found) == 1 and found[0] != tokenizer.unk_token_id
+    try:
+        return len(going_on(tokenizer, "Then", word)) == 1
+    except InputError:  # a word without a token
+        return False
 
 
 def _first_tokens(tokenizer: Any, prompt: str, words: Sequence[str]) -> list[int]:
