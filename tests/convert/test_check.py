@@ -131,6 +131,27 @@ def test_timed_batches_come_to_where_the_module_is():
     assert seconds_per_step(module, loss, lambda step: {"x": [torch.ones(4, 2)]}, context=nullcontext) > 0
 
 
+def test_every_batch_is_run_once_before_the_clock_starts(monkeypatch):
+    module, seen = torch.nn.Linear(2, 3), []
+    now = iter([100.0, 106.0])
+
+    def clock():
+        seen.append("clock")
+        return next(now)
+
+    def loss(module, batch):
+        return module(batch).sum(), {}
+
+    def batches(step):
+        seen.append(step)
+        return torch.ones(4, 2)
+
+    monkeypatch.setattr("lineament.convert.budget.time.perf_counter", clock)
+    assert seconds_per_step(module, loss, batches, context=nullcontext, steps=3, optimiser=1.5) == 3.0
+    assert seen == [0, 1, 2, "clock", 0, 1, 2, "clock"]
+    assert module.weight.grad is None
+
+
 def test_a_small_budget_makes_the_pool_smaller_before_it_gives_up_steps():
     timing = Timing(pool=240.0, transfer_step=10.0, distil_step=100.0)  # for 24 windows
     plan = resolve_budget(Plan(budget=str(400 / 0.92), budget_transfer=0.5, transfer_pool=24), timing)
