@@ -79,7 +79,8 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for row in rows:
         value = row.get("ratio", row.get("lost"))
         if row.get("verdict") and value is not None:
-            shown, unit = (f"{value:.3f}x", "") if "ratio" in row else (f"{value + 0.0:.2g}", "points lost: ")
+            value += 0.0  # -0.0 is nothing lost too
+            shown, unit = (f"{value:.3f}x", "") if "ratio" in row else (f"{value:.2g}", "points lost: ")
             found[row["measure"]] = (shown, unit + row["verdict"] + ", goal inside the interval" * undecided(row))
     return found
 
