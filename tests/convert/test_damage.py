@@ -1,6 +1,8 @@
 """Damage is measured without touching the model, and the keep rules choose by it."""
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,6 +147,44 @@ def test_the_estimate_is_a_slope(teacher):
     assert estimate.retrieval[layer][head] == pytest.approx(slope, abs=2e-3, rel=0.02)
 
 
+def test_layers_that_stay_as_they_are_are_never_limited(teacher):
+    """Sliding layers keep their window in the student, so neither a head's damage nor its slope may count theirs."""
+    seen = []
+    whole = damage(teacher)
+    some = measure_damage(
+        teacher, *parts(teacher), samples(), key_heads=2, window=WINDOW, sinks=SINKS, teacher="x", free=(1,),
+        on_progress=lambda done, all_: seen.append((done, all_)),
+    )  # fmt: skip
+    for name in ("perplexity", "kl", "retrieval"):
+        before, found = getattr(whole, name), getattr(some, name)
+        assert (found[0], found[1], found[2]) == ([0.0, 0.0], before[1], [0.0, 0.0])
+    assert seen == [(i, 2 * len(samples())) for i in range(1, 2 * len(samples()) + 1)]
+
+    answers, step, g = samples()[1:], 1e-3, 0.5
+    slopes = with_slopes(some, teacher, *parts(teacher), answers, key_heads=2, free=(1,)).slopes[str(g)]["retrieval"]
+
+    def loss(gates):
+        def handle(call):
+            full = call.ordinary()
+            if call.layer != 1:
+                return full
+            groups = full.shape[2] // 2
+            return full + gates.repeat_interleave(groups)[:, None] * (call.limited(WINDOW, SINKS) - full)
+
+        logs = []
+        for one in answers:
+            with torch.no_grad(), probing(parts(teacher)[1], handle):
+                found = teacher(input_ids=one.ids).logits.double().log_softmax(-1)
+            logs.append(found[one.rows, one.positions - 1].gather(-1, one.ids[one.rows, one.positions][:, None]))
+        return -float(torch.cat(logs).mean())
+
+    for head in (0, 1):
+        up, down = (torch.full((2,), g) for _ in range(2))
+        up[head], down[head] = g + step, g - step
+        assert slopes[1][head] == pytest.approx((loss(up) - loss(down)) / (2 * step), abs=2e-3, rel=0.02)
+    assert slopes[0] == slopes[2] == [0.0, 0.0]
+
+
 def table(rows):
     return DamageTable(teacher="t", window=8, sinks=2, perplexity=rows, kl=rows, retrieval=[[0.0] * 2] * len(rows))
 
@@ -202,6 +242,14 @@ def test_slopes_have_a_voice(teacher):
     assert full.scores() != plain.scores()
     assert sum(map(sum, full.scores())) == pytest.approx(2.0)
     assert DamageTable.from_json(full.to_json()) == full
+
+
+def test_the_figure_leaves_blank_what_was_not_measured(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("lineament.report.figures.heatmap", lambda values, **_: drawn.append(values) or b"")
+    some = replace(table([[0.0, 0.0], [1.0, 3.0]]), about={"layers": [1]})
+    some.figure()
+    assert drawn == [[[pytest.approx(math.nan, nan_ok=True), 0.25], [pytest.approx(math.nan, nan_ok=True), 0.75]]]
 
 
 def test_a_table_survives_its_file(tmp_path):

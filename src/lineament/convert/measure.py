@@ -1,6 +1,6 @@
 """Measure the damage table of a model, head by head, on activations kept from one whole run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,7 @@ def measure_damage(
     window: int,
     sinks: int,
     teacher: str,
+    free: Collection[int] | None = None,
     about: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> DamageTable:
@@ -48,9 +49,11 @@ def measure_damage(
         layers: names of its decoder layers; attentions: their attention modules, in order.
         samples: what is scored. window, sinks: what a limited head still sees.
         teacher: the digest written into the table.
+        free: layers that a conversion may touch, None for all. The others (sliding windows) are never limited, here as
+            in the student, and stand in the table with 0.
         on_progress: called with (done, all) after each head.
     """
-    shape = (len(layers), key_heads)
+    shape, free = (len(layers), key_heads), range(len(layers)) if free is None else free
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name in ("perplexity", "kl", "retrieval")}
     counts = {kind: sum(len(s.rows) for s in samples if s.kind == kind) for kind in ("text", "retrieval")}
     training, done = model.training, 0
@@ -59,7 +62,7 @@ def measure_damage(
         batch, place = _batch(sample)
         base, base_logs = _losses(model(**batch).logits, sample, place)
         for i, (_, _, args, kwargs) in enumerate(stream(model, layers, batch)):
-            for head in range(key_heads):
+            for head in range(key_heads if i in free else 0):
                 with probing(attentions[i:], limit_heads({i: (head,)}, window=window, sinks=sinks)):
                     logits = run_from(model, layers, i, hidden_of(args, kwargs), batch)
                 losses, logs = _losses(logits, sample, place)
@@ -71,7 +74,7 @@ def measure_damage(
                     sums["retrieval"][i, head] += rise
                 done += 1
                 if on_progress:
-                    on_progress(done, len(samples) * shape[0] * shape[1])
+                    on_progress(done, len(samples) * len(free) * key_heads)
     model.train(training)
     means = {n: s / max(1, counts["retrieval" if n == "retrieval" else "text"]) for n, s in sums.items()}
     return _table(means, window, sinks, teacher, {"method": "measured", **counts, **(about or {})})
@@ -87,6 +90,7 @@ def estimate_damage(
     window: int,
     sinks: int,
     teacher: str,
+    free: Collection[int] | None = None,
     about: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> DamageTable:
@@ -97,7 +101,9 @@ def estimate_damage(
     """
     points = {"text": (0.5,), "retrieval": (0.0,)}
     exact = (window, sinks)
-    found = gate_slopes(model, layers, attentions, samples, points, key_heads, exact, on_progress=on_progress)
+    found = gate_slopes(
+        model, layers, attentions, samples, points, key_heads, exact, free=free, on_progress=on_progress
+    )
     half, zero = found[0.5], found[0.0]
     means = {"perplexity": half["perplexity"], "kl": half["kl"], "retrieval": zero["retrieval"]}
     counts = {kind: sum(len(s.rows) for s in samples if s.kind == kind) for kind in ("text", "retrieval")}
@@ -112,13 +118,14 @@ def with_slopes(
     samples: Sequence[Sample],
     *,
     key_heads: int,
+    free: Collection[int] | None = None,
     on_progress: Progress | None = None,
 ) -> DamageTable:
-    """Add what each head is worth where all heads are half and wholly limited to a measured table."""
+    """Add what each head is worth where all (of the `free` layers) are half and wholly limited to a measured table."""
     both = (0.5, 1.0)
     found = gate_slopes(
         model, layers, attentions, samples, {"text": both, "retrieval": both}, key_heads, (table.window, table.sinks),
-        on_progress=on_progress,
+        free=free, on_progress=on_progress,
     )  # fmt: skip
     slopes = {str(g): {name: _rounded(found[g][name]) for name in ("kl", "retrieval")} for g in both}
     return replace(table, slopes=slopes)
@@ -133,13 +140,16 @@ def gate_slopes(
     key_heads: int,
     exact: tuple[int, int],
     *,
+    free: Collection[int] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[float, dict[str, Tensor]]:
     """Return {g: {"perplexity", "kl", "retrieval": [L, Hk] slopes per scored token}} at the gates asked for.
 
     Args:
         points: {"text": gates, "retrieval": gates}. exact: window and sinks of a limited head.
+        free: layers with gates, None for all; the slopes of others are 0.
     """
+    free = range(len(layers)) if free is None else free
     shape, device = (len(layers), key_heads), next(model.parameters()).device
     wanted = sorted({g for gates in points.values() for g in gates})
     sums = {g: {n: torch.zeros(shape, dtype=torch.float64) for n in ("perplexity", "kl", "retrieval")} for g in wanted}
@@ -150,7 +160,7 @@ def gate_slopes(
         for done, sample in enumerate(samples):
             for g in points[sample.kind]:
                 gates = torch.full(shape, g, device=device, requires_grad=True)
-                slopes = _slopes(model, attentions, sample, gates, key_heads, exact)
+                slopes = _slopes(model, attentions, sample, gates, key_heads, exact, free)
                 names = ("perplexity", "kl") if sample.kind == "text" else ("retrieval",)
                 for name, slope in zip(names, slopes, strict=True):
                     sums[g][name] += slope.cpu().double() / counts[sample.kind]
@@ -165,12 +175,15 @@ def gate_slopes(
 
 def _slopes(
     model: nn.Module, attentions: Sequence[nn.Module], sample: Sample, gates: Tensor, key_heads: int,
-    exact: tuple[int, int],
+    exact: tuple[int, int], free: Collection[int],
 ) -> list[Tensor]:  # fmt: skip
     """Return the slopes along the gates of the summed loss and, for text, of the summed KL to the whole model."""
 
     def handle(call: Call) -> Tensor:
-        full, limited = call.ordinary(), call.limited(*exact)
+        full = call.ordinary()
+        if call.layer not in free:
+            return full
+        limited = call.limited(*exact)
         gate = gates[call.layer].repeat_interleave(full.shape[2] // key_heads)[:, None]
         return full + gate * (limited - full)
 

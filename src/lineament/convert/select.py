@@ -5,6 +5,7 @@ the rise of the loss on text, the KL to the whole model, and the rise of the los
 """
 
 import json
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
@@ -33,7 +34,7 @@ class DamageTable:
         retrieval: [L, Hk] rise of the loss on the answers of retrieval prompts.
         slopes: {"0.5": {"kl", "retrieval": [L, Hk]}, "1.0": ...}: what one head is worth when all heads are half or
             wholly limited, by one backward; single damages don't see that heads stand in for one another.
-        about: how it was made: text, tokens, prompts, seed, command.
+        about: how it was made: text, tokens, prompts, seed, command; `layers`: those measured, when not all.
     """
 
     teacher: str
@@ -81,11 +82,14 @@ class DamageTable:
         return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(text, found, strict=True)]
 
     def figure(self, kept: "Heads | None" = None) -> bytes:
-        """Draw the combined scores as a heat map (PNG); `kept` heads are marked."""
+        """Draw the combined scores as a heat map (PNG); `kept` heads are marked, layers not measured stay blank."""
         from lineament.report.figures import heatmap
 
+        scores = self.scores()
+        measured = self.about.get("layers", range(len(scores)))
+        rows = [row if layer in measured else [math.nan] * len(row) for layer, row in enumerate(scores)]
         return heatmap(
-            [list(row) for row in zip(*self.scores(), strict=True)],
+            [list(row) for row in zip(*rows, strict=True)],
             title="damage when one head is limited to window + sinks (share of all)",
             xlabel="layer",
             ylabel="key-value head",

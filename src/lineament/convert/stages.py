@@ -97,15 +97,15 @@ def damage_table(job: Job, digest: str, on_progress: Callable[[int, int], None] 
         samples += select.answer_samples(*job.prompts("place")(length, plan.damage_prompts, 0))
     on = [replace_device(sample, job.device) for sample in samples]
     inside = (job.teacher, found.layers, found.attentions, on)
-    about = {"data": list(plan.data), "seed": plan.seed, "length": longest}
+    about = {"data": list(plan.data), "seed": plan.seed, "length": longest, "layers": sorted(found.shapes)}
     method = measure.estimate_damage if plan.damage == "gates" else measure.measure_damage
     with autocast(job.precision, job.device):
         table = method(
-            *inside, key_heads=job.info.key_heads, window=window, sinks=sinks, teacher=digest, about=about,
-            on_progress=on_progress,
+            *inside, key_heads=job.info.key_heads, window=window, sinks=sinks, teacher=digest, free=found.shapes,
+            about=about, on_progress=on_progress,
         )  # fmt: skip
         if plan.damage == "both":
-            table = measure.with_slopes(table, *inside, key_heads=job.info.key_heads)
+            table = measure.with_slopes(table, *inside, key_heads=job.info.key_heads, free=found.shapes)
     return table
 
 
