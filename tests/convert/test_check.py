@@ -162,6 +162,20 @@ def test_a_small_budget_makes_the_pool_smaller_before_it_gives_up_steps():
     assert resolve_budget(Plan(budget="40", transfer_pool=3), timing).transfer_pool == 3
 
 
+def test_quick_steps_leave_their_time_to_more_windows_and_to_distillation():
+    quick = Timing(pool=120.0, transfer_step=0.1, distil_step=10.0)  # for 12 windows
+    asked = {"budget_transfer": 0.5, "transfer_pool": 12}
+    plan = resolve_budget(Plan(budget=str(200 / 0.92), **asked), quick)
+    assert plan.transfer_pool == 9  # and not 5: 100 s hold 9 windows with ten steps each
+    assert plan.transfer_steps == 90
+    assert plan.distil_steps == 10  # 101 s, not 100
+    long = resolve_budget(Plan(budget=str(2000 / 0.92), **asked), quick)
+    assert (long.transfer_pool, long.transfer_steps) == (12, 120)
+    assert long.distil_steps == int((2000 - 120 - 12) / 10)
+    alone = resolve_budget(Plan(budget=str(2000 / 0.92), **asked, distil="none"), quick)
+    assert alone.transfer_steps == int((2000 - 120) / 0.1)  # nothing else could use the time
+
+
 def test_which_goals_a_plan_is_held_to():
     assert bar_of(Plan()) is DEMO
     assert bar_of(Plan(budget="1h")) is HOUR

@@ -15,6 +15,7 @@ from lineament.train import to_device
 MARGIN = 0.92  # checkpoints, logging and a busy machine take their part
 LEAST = 2  # steps
 POOL_SHARE, POOL_LEAST = 0.5, 4  # of the time for transfer that its pool may take, if that leaves so many windows
+PER_WINDOW = 10  # steps of transfer at most, where distillation can have the rest; the hours measured took up to 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ def resolve_budget(plan: Plan, timing: Timing) -> Plan:
     """Return the plan with its step counts replaced by what the budget holds.
 
     A pool that would take more than half of the time for transfer is made smaller: on a slow machine a few windows seen
-    often are worth more than many that no step has time for.
+    often are worth more than many that no step has time for. Where steps are quick (a GPU, few layers to convert) each
+    window is seen ten times, and distillation, which draws new text at every step, takes what is left.
 
     Example:
         >>> timing = Timing(pool=10.0, transfer_step=1.0, distil_step=2.0)
@@ -93,17 +95,17 @@ def resolve_budget(plan: Plan, timing: Timing) -> Plan:
     distil = plan.distil != "none" and plan.distil_steps > 0 and timing.distil_step > 0
     share = plan.budget_transfer if transfer and distil else 1.0
     changes: dict[str, int] = {}
+    spent = 0.0
     if transfer:
-        fits = (
-            int(POOL_SHARE * share * seconds / timing.pool * plan.transfer_pool) if timing.pool else plan.transfer_pool
-        )
-        windows = min(plan.transfer_pool, max(POOL_LEAST, fits))
-        pool = timing.pool * windows / plan.transfer_pool
-        steps = max(LEAST, int((share * seconds - pool) / timing.transfer_step))
+        each, step, room = timing.pool / plan.transfer_pool, timing.transfer_step, share * seconds
+        fits = max(POOL_SHARE * room / each, room / (each + PER_WINDOW * step)) if each else plan.transfer_pool
+        windows = min(plan.transfer_pool, max(POOL_LEAST, int(fits)))
+        steps = max(LEAST, int((room - windows * each) / step))
+        steps = min(steps, PER_WINDOW * windows) if distil else steps
+        spent = min(room, windows * each + steps * step)
         changes |= {"transfer_pool": windows, "transfer_steps": steps}
     if distil:
-        left = seconds * (1 - share if transfer else 1.0)
-        steps = max(LEAST, int(left / timing.distil_step))
+        steps = max(LEAST, int((seconds - spent) / timing.distil_step))
         extend = round(steps * plan.extend_steps / max(1, plan.distil_steps + plan.extend_steps))
         changes |= {"distil_steps": steps - extend, "extend_steps": extend}
     return plan.change(changes)
