@@ -9,7 +9,7 @@ import torch
 from convert_helpers import text_folder, tiny_llama, tiny_tokenizer
 from rich.console import Console
 
-from lineament.convert.evaluate import evaluate, shown
+from lineament.convert.evaluate import concluded, evaluate, shown
 from lineament.convert.inherit import mixer_configs
 from lineament.convert.parts import parts
 from lineament.convert.plan import Plan
@@ -96,6 +96,16 @@ def test_rows_and_notes(whole):
     assert "teacher itself" in total["note"]  # a random model finds nothing
     assert row_of(evidence, "perplexity text 2048")["note"] == "only 2 windows"
     assert "note" not in row_of(evidence, "perplexity text 64")
+
+
+def test_the_notes_say_which_baselines_the_student_beats():
+    rows = [
+        {"measure": f"perplexity text {n}", "student": mine, "teacher": 9.0, "state_off": off, "untrained": bare}
+        for n, mine, off, bare in ((512, 10.0, 11.0, 9.5), (2048, 10.0, 10.1, 10.5), (8192, 10.0, 9.9, None))
+    ]
+    said = concluded(rows, bar=None, seed=0, seconds=1.0, precision="float32").notes
+    assert "better than with the linear state off in 2 of 3 rows" in said
+    assert "better than that of untrained window + sinks in 1 of 2 rows" in said
 
 
 @torch.no_grad()

@@ -403,6 +403,10 @@ def _notes(rows: Sequence[Row]) -> str:
         gained = sum(1 - r["student"] / r["state_off"] for r in texts) / len(texts)
         little = ": the linear part does next to nothing here" if gained < LITTLE else ""
         said.append(f"switching it off costs {100 * gained:.2f} % of perplexity on average{little}")
+    bare = [r for r in texts if r.get("untrained") is not None]
+    if bare:
+        better = sum(r["student"] < r["untrained"] for r in bare)
+        said.append(f"perplexity is better than that of untrained window + sinks in {better} of {len(bare)} rows")
     if found:
         better = sum(r["student"] > r["state_off"] for r in found)
         said.append(f"retrieval is better than with the linear state off at {better} of {len(found)} lengths")
