@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
 from lineament import papers
-from lineament.cli import run
+from lineament.cli import main, run
 from lineament.io import building_folder
 from lineament.papers import records
 
@@ -168,3 +169,16 @@ def test_without_a_command_the_help_is_all_there_is_to_say(capsys):
     told = capsys.readouterr()
     assert "convert" in told.out
     assert told.err == ""
+
+
+@pytest.mark.parametrize(("arguments", "left"), [(["--version"], True), (["no-such-command"], False)])
+def test_what_ends_well_leaves_its_group_of_processes(tmp_path, monkeypatch, arguments, left):
+    monkeypatch.setattr(sys, "argv", ["lineament", *arguments])
+    dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code == 0, dist.is_initialized()) == (left, not left)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

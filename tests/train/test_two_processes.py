@@ -17,7 +17,7 @@ from lineament.train.sharded import sharded
 WORKER = """
     import sys
     from torch import nn
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     sys.path.insert(0, {tests!r})
     from test_fit import batches, network
     import test_fit
@@ -31,6 +31,7 @@ WORKER = """
     config = FitConfig(steps=6, lr=1e-2, accumulate={accumulate})
     model = network().eval()
     fit(model, batches, loss, config, out={out!r}, accelerator=None if {inside} else Accelerator(cpu=True))
+    PartialState().destroy_process_group()
 """
 
 SHARDED = """
@@ -61,6 +62,7 @@ SHARDED = """
         gather_(model, twin)
     if PartialState().is_main_process:
         save_tensors({{name: p.detach() for name, p in model.named_parameters()}}, {out!r} + "/end.safetensors")
+    PartialState().destroy_process_group()
 """
 
 

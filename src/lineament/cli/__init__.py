@@ -109,4 +109,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run())
+    code = run()
+    if code == 0:  # after a failure the others may never come, and gloo would wait for them
+        _leave_processes()
+    sys.exit(code)
+
+
+def _leave_processes() -> None:
+    """End the group of `accelerate launch`: the threads of one that stays open can abort a process that exits."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
