@@ -105,8 +105,7 @@ def main() -> None:
     base = weights.Point.open(asked.model)
     vectors = [weights.Point.open(folder, base=base, lora="product") for folder in folders.values()]
     composed = compose.Composed(model, vectors)
-    chosen = torch.cat([rows[:2] for rows in fits.values()])
-    alpha = compose.best_scalar(composed, lambda m: -float(loss(m, chosen)), grid=GRID)
+    alpha = compose.best_scalar(composed, lambda m: -sum(float(loss(m, rows)) for rows in fits.values()), grid=GRID)
     points = {"base": base, "single": point_of(base, composed)}
     print(f"{time.process_time():.0f} s", "best single coefficient", alpha, flush=True)
     learned(composed, fits, asked)
