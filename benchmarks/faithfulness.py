@@ -91,6 +91,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", default="wiki-sample")
     parser.add_argument("--texts", type=int, default=200)
+    parser.add_argument("--skip", type=int, default=0, help="texts left to another run, a multiple of --batch; join "
+                        "the files of --out in order for the whole")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--out", type=Path, help="JSON lines of finished texts, to go on from")
@@ -101,7 +103,7 @@ def main() -> None:
     ids = data.windows(documents, tokenizer, given.tokens, max_tokens=given.texts * given.tokens)
     done = given.out.read_text(encoding="utf-8").splitlines() if given.out and given.out.exists() else []
     rows = [json.loads(line) for line in done]
-    for start in track(range(len(rows), len(ids), given.batch), description="texts", disable=None):
+    for start in track(range(given.skip + len(rows), len(ids), given.batch), description="texts", disable=None):
         some = measured(model, ids[start : start + given.batch], seed=start)
         rows += some
         if given.out:

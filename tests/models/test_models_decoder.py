@@ -76,6 +76,7 @@ def test_pure_full_and_listed_layers():
         (lambda: decoder_config("kda", ratio=["kda", "llama"], **SIZES), "2 families are listed for 3 layers"),
         (lambda: decoder_config("kda", full_heads={3: [0]}, **SIZES), "layers 0 to 2"),
         (lambda: decoder_config("kda", full_heads={0: [2]}, **SIZES), "key-value heads 0 to 1"),
+        (lambda: decoder_config("kda", ratio="2:1", full_heads={2: [0]}, **SIZES), "layer 2, softmax as a whole"),
         (lambda: decoder_config("kda", mpl="gelu", **SIZES), "Did you mean 'mlp'"),
         (lambda: DecoderForCausalLM(decoder_config("kda", mlp="swiglo", **SIZES)), "Did you mean 'swiglu'"),
         (lambda: DecoderForCausalLM(decoder_config("kda", norm="rmss", **SIZES)), "Did you mean 'rms'"),

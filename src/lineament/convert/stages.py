@@ -105,7 +105,9 @@ def damage_table(job: Job, digest: str, on_progress: Callable[[int, int], None] 
             about=about, on_progress=on_progress,
         )  # fmt: skip
         if plan.damage == "both":
-            table = measure.with_slopes(table, *inside, key_heads=job.info.key_heads, free=found.shapes)
+            table = measure.with_slopes(
+                table, *inside, key_heads=job.info.key_heads, free=found.shapes, on_progress=on_progress
+            )
     return table
 
 

@@ -179,7 +179,9 @@ def decoder_config(
     for i, each in enumerate(names):
         mixer = each.layer(width, heads, key_heads, i, layers)
         extra = (full_heads or {}).get(i)
-        if extra is not None and each.kind != "softmax":
+        if extra is not None:
+            if each.kind == "softmax":
+                raise InputError(f"full_heads names layer {i}, softmax as a whole; name heads of linear layers")
             mixer = MixerConfig.from_json({**mixer.to_json(), "full_heads": list(extra)})
         made.append((mixer, each.slots))
     wrong = [i for i in full_heads or {} if not 0 <= i < layers]
