@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", type=int, default=[10, 15, 20])
     parser.add_argument("--autoencoders", nargs="*", type=int, default=[10], help="layers that get one beside it")
     parser.add_argument("--tokens", type=int, default=1_015_808, help="cached at most")
+    parser.add_argument("--skip", action="store_true", help="transcoders with an affine path beside the features")
     parser.add_argument("--features", type=int, default=4608)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=1024)
@@ -58,7 +59,7 @@ def measured(asked: argparse.Namespace) -> dict[str, Any]:
         if layers:
             found = train_by_name(
                 asked.model, asked.out, layers=layers, kinds=[kind], texts=asked.data, tokens=asked.tokens,
-                features=asked.features, epochs=asked.epochs, said=tell,
+                features=asked.features, skip=asked.skip, epochs=asked.epochs, said=tell,
                 training={"batch": asked.batch, "lr": asked.lr},
             )  # fmt: skip
             rows, tokens = rows + found.rows, found.tokens
