@@ -1,6 +1,7 @@
 """Relevance beside zennit, captum and LXT: equality, and the cost beside LXT. Each peer runs in its own process.
 
-python -m venv peers && peers/bin/pip install torch==2.13.0 zennit captum lxt transformers
+python -m venv peers && peers/bin/pip install torch==2.13.0 zennit captum lxt 'transformers<5'   # as LXT 2.1 needs
+peers/bin/pip uninstall torchvision   # where it was built for another torch; no peer needs it
 python -m benchmarks explain_peers --peers peers/bin/python
 """
 
