@@ -31,14 +31,21 @@ class Block(nn.Module):
 
 
 def image_model(name: str) -> tuple[nn.Module, Tensor]:
-    """Return "vgg", the same with average pooling ("vgg-average"), or "resnet", with pictures, in float64."""
+    """Return "vgg", the same with average pooling ("vgg-average"), or "resnet", with pictures, in float64.
+
+    "vgg-large" and "vgg-large-average" are what is timed: wider, on larger pictures, in float32.
+    """
     torch.manual_seed(0)
+    large = "large" in name
+    widths, size, dtype = ((64, 128, 256), 64, torch.float32) if large else ((16, 32, 32), 32, torch.float64)
     if name.startswith("vgg"):
         layers: list[nn.Module] = []
-        pool = nn.AvgPool2d if name == "vgg-average" else nn.MaxPool2d
-        for before, after in ((3, 16), (16, 32), (32, 32)):
+        pool = nn.AvgPool2d if name.endswith("average") else nn.MaxPool2d
+        for before, after in zip((3, *widths), widths, strict=False):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), pool(2)]
-        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
+        model = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(widths[-1] * (size // 8) ** 2, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
     else:
         first = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
         model = nn.Sequential(*first, Block(16), Block(16), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(256, 10))
@@ -50,7 +57,7 @@ def image_model(name: str) -> tuple[nn.Module, Tensor]:
             nn.init.normal_(module.bias, std=0.2)
         elif isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.normal_(module.bias, std=0.1)
-    return model.eval().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    return model.eval().to(dtype), torch.randn(2, 3, size, size, dtype=dtype)
 
 
 def language_model(layers: int = 4, width: int = 64, length: int = 32) -> tuple[nn.Module, Tensor]:

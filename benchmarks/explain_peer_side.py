@@ -1,6 +1,6 @@
 """What peers say, in a process and an environment of their own: no line of lineament is imported here.
 
-python benchmarks/explain_peer_side.py zennit|captum|lxt OUT.pt [LAYERS WIDTH LENGTH | FOLDER LENGTH]
+python benchmarks/explain_peer_side.py zennit|captum|lxt OUT.pt [LAYERS WIDTH LENGTH | FOLDER LENGTH | MODEL]
 """
 
 import sys
@@ -22,7 +22,8 @@ def without_torchvision() -> None:
             sys.modules[name] = MagicMock()
 
 
-def zennit() -> dict[str, Any]:
+def zennit(*timed: str) -> dict[str, Any]:
+    """Return relevances by model and composite, or CPU seconds of a model's."""
     without_torchvision()
     from zennit import composites as c
     from zennit.attribution import Gradient
@@ -45,36 +46,47 @@ def zennit() -> dict[str, Any]:
         ),
     }  # fmt: skip
     found: dict[str, Any] = {}
-    for name in ("vgg", "resnet"):
+    for name in timed or ("vgg", "resnet"):
         for rules, make in made.items():
             model, x = image_model(name)
             for module in list(model.modules()):
                 for key, child in module.named_children():
                     if isinstance(child, Sum):
                         setattr(module, key, PeerSum())
-            with Gradient(model=model, composite=make([SequentialMergeBatchNorm()])) as attributor:
-                _, R = attributor(x, lambda y: y * torch.nn.functional.one_hot(y.argmax(-1), y.shape[-1]))
-            found[f"{name}/{rules}"] = R.detach()
+
+            def run(model: Any = model, x: Any = x, make: Any = make) -> torch.Tensor:
+                with Gradient(model=model, composite=make([SequentialMergeBatchNorm()])) as attributor:
+                    _, R = attributor(x, lambda y: y * torch.nn.functional.one_hot(y.argmax(-1), y.shape[-1]))
+                return R.detach()
+
+            found[f"{name}/{rules}"] = seconds(run) if timed else run()
     return found
 
 
-def captum() -> dict[str, Any]:
+def captum(name: str = "") -> dict[str, Any]:
+    """Return relevances by method, or CPU seconds of a model's."""
     from captum.attr import LRP, DeepLift, IntegratedGradients, LayerConductance
     from captum.attr._utils.lrp_rules import EpsilonRule
 
-    model, x = image_model("vgg")
-    for module in model:
-        if isinstance(module, torch.nn.Flatten):  # captum has no rule for it
-            module.rule = EpsilonRule()
+    model, x = image_model(name or "vgg")
+
+    def lrp() -> torch.Tensor:
+        for module in model:
+            if isinstance(module, torch.nn.Flatten):  # captum has no rule for it, and forgets one after a run
+                module.rule = EpsilonRule()
+        return LRP(model).attribute(x.clone(), target=top).detach()
+
     top = model(x).argmax(-1)
     options: dict[str, Any] = {"target": top, "n_steps": 20, "method": "riemann_middle"}
-    smooth, _ = image_model("vgg-average")
-    return {
-        "deep-lift": DeepLift(smooth).attribute(x.clone(), baselines=0.1, target=smooth(x).argmax(-1)).detach(),
-        "lrp": LRP(model).attribute(x.clone(), target=top).detach(),
-        "integrated-gradients": IntegratedGradients(model).attribute(x, baselines=0.0, **options).detach(),
-        "conductance": LayerConductance(model, model[7]).attribute(x, baselines=0.0, **options).detach(),
+    smooth, _ = image_model(f"{name or 'vgg'}-average")
+    best = smooth(x).argmax(-1)
+    runs: dict[str, Callable[[], Any]] = {
+        "deep-lift": lambda: DeepLift(smooth).attribute(x.clone(), baselines=0.1, target=best).detach(),
+        "lrp": lrp,
+        "integrated-gradients": lambda: IntegratedGradients(model).attribute(x, baselines=0.0, **options).detach(),
+        "conductance": lambda: LayerConductance(model, model[7]).attribute(x, baselines=0.0, **options).detach(),
     }
+    return {what: seconds(run) if name else run() for what, run in runs.items()}
 
 
 def lxt(*shape: int | str) -> dict[str, Any]:

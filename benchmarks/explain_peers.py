@@ -1,4 +1,4 @@
-"""Relevance beside zennit, captum and LXT: equality, and the cost beside LXT. Each peer runs in its own process.
+"""Relevance beside zennit, captum and LXT: equality and cost. Each peer runs in its own process.
 
 python -m venv peers && peers/bin/pip install torch==2.13.0 zennit captum lxt 'transformers<5'   # as LXT 2.1 needs
 peers/bin/pip uninstall torchvision   # where it was built for another torch; no peer needs it
@@ -70,6 +70,33 @@ def images(python: str) -> list[dict[str, Any]]:
     return rows
 
 
+def image_runs(name: str) -> dict[str, Callable[[], Any]]:
+    """Return what is timed of ours beside zennit and captum on an image model, by peer and what it computes."""
+    model, x = image_model(name)
+    smooth = image_model(f"{name}-average")[0]
+    rules: dict[str, Any] = {f"zennit/{one}": explain.RULES[one](epsilon=1e-9) for one in COMPOSITES}
+    rules |= {"captum/lrp": "epsilon", "captum/integrated-gradients": explain.IntegratedGradients(20)}
+    runs: dict[str, Callable[[], Any]] = {
+        what: lambda how=how: explain.relevance(model, x, rules=how) for what, how in rules.items()
+    }
+    runs["captum/deep-lift"] = lambda: explain.relevance(smooth, x, rules="deep-lift", baseline=0.1)
+    return runs
+
+
+def image_costs(python: str, repeats: int) -> list[dict[str, Any]]:
+    """Time zennit, captum and ours in turns, each in a process of its own on the same model and pictures."""
+    name, taken = "vgg-large", dict[str, list[list[float]]]()
+    for _ in range(repeats):
+        theirs = {f"zennit/{what.partition('/')[2]}": s for what, s in peer(python, "zennit", name).items()}
+        theirs |= {f"captum/{what}": s for what, s in peer(python, "captum", name).items()}
+        command = [sys.executable, __file__, "--side", "images", name]
+        ours = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for what, s in ours.items():
+            taken.setdefault(what, []).append([s, theirs[what]])
+    best = {what: [min(column) for column in zip(*rows, strict=True)] for what, rows in taken.items()}
+    return [{"what": what, "ours, s": a, "theirs, s": b, "ours / theirs": a / b} for what, (a, b) in best.items()]
+
+
 def kinds_of_run(model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """Return what is timed: coefficients alone, relevances with their ledger, a forward and backward pass."""
 
@@ -117,6 +144,9 @@ def language(python: str, sizes: Sequence[tuple[Any, ...]], repeats: int) -> lis
 
 def side(kind: str, size: Sequence[Any]) -> None:
     """Print CPU seconds of one kind of run, and the peak memory of the process above that of the loaded model."""
+    if kind == "images":
+        print(json.dumps({what: seconds(run) for what, run in image_runs(size[0]).items()}))
+        return
     made = saved_model(*size) if isinstance(size[0], str) else language_model(*size)
     before = peak_gb()
     work = kinds_of_run(made[0], {"input_ids": made[1], "logits_to_keep": 1})[kind]
@@ -134,7 +164,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the smallest language model only")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "explain-peers.json")
     parser.add_argument("--repeats", type=int, default=2, help="turns of each peer and each of ours")
-    parser.add_argument("--only", choices=["equality", "language"], help="leave the other half of --json as it is")
+    parser.add_argument("--only", choices=["equality", "costs", "language"], help="leave the rest of --json as it is")
     parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -146,13 +176,15 @@ def main() -> None:
         return
     sizes = [*SIZES, (str(find_model("smollm2")), 512)]
     found = json.loads(given.json.read_text()) if given.only else {}
-    if given.only != "language":
+    if given.only in (None, "equality"):
         found["equality"] = images(given.peers)
-    if given.only != "equality":
+    if given.only in (None, "costs"):
+        found["images"] = image_costs(given.peers, given.repeats)
+    if given.only in (None, "language"):
         found["language"] = language(given.peers, sizes[: 1 if given.quick else None], given.repeats)
     found |= {"versions": versions(), "machine": machine()}
     given.json.write_text(json.dumps(found, indent=2, default=str) + "\n")
-    for row in found["equality"]:
+    for row in [*found["equality"], *found.get("images", [])]:
         print(row)
 
 
