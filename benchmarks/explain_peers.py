@@ -87,8 +87,12 @@ def image_costs(python: str, repeats: int) -> list[dict[str, Any]]:
     """Time zennit, captum and ours in turns, each in a process of its own on the same model and pictures."""
     name, taken = "vgg-large", dict[str, list[list[float]]]()
     for _ in range(repeats):
-        theirs = {f"zennit/{what.partition('/')[2]}": s for what, s in peer(python, "zennit", name).items()}
-        theirs |= {f"captum/{what}": s for what, s in peer(python, "captum", name).items()}
+        theirs: dict[str, float] = {}
+        for who in ("zennit", "captum"):
+            found = peer(python, who, name)
+            if isinstance(found, str):
+                raise SystemExit(f"{who}: {found}")
+            theirs |= {f"{who}/{what.rpartition('/')[2]}": s for what, s in found.items()}
         command = [sys.executable, __file__, "--side", "images", name]
         ours = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         for what, s in ours.items():
