@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def image_model(name: str) -> tuple[nn.Module, Tensor]:
     if name.startswith("vgg"):
         layers: list[nn.Module] = []
         pool = nn.AvgPool2d if name.endswith("average") else nn.MaxPool2d
-        for before, after in zip((3, *widths), widths, strict=False):
+        for before, after in pairwise((3, *widths)):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), pool(2)]
         model = nn.Sequential(
             *layers, nn.Flatten(), nn.Linear(widths[-1] * (size // 8) ** 2, 64), nn.ReLU(), nn.Linear(64, 10)
