@@ -1,198 +1,298 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 """Triton kernels that the decayed and the delta family share: states, outputs, and their gradients.
 
-A chunk of C tokens with running log decay G (inclusive, from the chunk's start), writes U and the state S before it:
+A chunk of C tokens with clock G (`triton_tiles`), writes U and the state S before it:
 `O = (Q e^G) S + A U`, A = Tril(Q K^T e^(G_i - G_j)); `S <- e^(G_last) S + (K e^(G_last - G))^T U`. For the delta rule
-U = X - W S (`triton_delta` solves for W and X), else U = V. G has one column (a decay per head, or none at all) or one
-per key channel; sums come as float64 and are subtracted before exp, so every exponent is <= 0 and exact.
+U = X - W S (`triton_delta` solves for W and X), else U = V. With a decay per key channel A comes from memory
+(`triton_channel`), else it is formed where it is needed.
 
-Everything is laid out for them (`triton_decayed.Layout`): N = B Hs rows, T a multiple of C, widths powers of two of at
-least 16. So there is no mask but the causal one. Products accumulate in the state's dtype.
-
-Rows times chunks are one axis of the grid, the first: the others end at 65535 programs, fewer than 2048 documents of 32
-heads need.
-
-Names: `n` a row, `c` a chunk, `i` tokens of the chunk, `d` key channels, `e` value channels.
+Every tensor of tokens is [B, T, H, W] as the user gave it, contiguous. Hs states; R query heads read one.
+Names: `n` a state, `c` a chunk, `i` tokens of the chunk, `d` key channels, `e` value channels. KP is K rounded up to a
+power of two.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def tile(base, row, rows: tl.constexpr, start, columns: tl.constexpr, width, DT: tl.constexpr):
-    """Load [rows, columns] of a matrix of that width from a token and a column on."""
-    place = (row + tl.arange(0, rows))[:, None] * width + start + tl.arange(0, columns)[None, :]
-    return tl.load(base + place).to(DT)
-
-
-@triton.jit
-def put(base, value, row, rows: tl.constexpr, start, columns: tl.constexpr, width):
-    place = (row + tl.arange(0, rows))[:, None] * width + start + tl.arange(0, columns)[None, :]
-    tl.store(base + place, value.to(base.dtype.element_ty))
-
-
-@triton.jit
-def product(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=DT)
+from lineament.ops.recurrence.triton_tiles import (
+    clock_tile,
+    pairs,
+    product,
+    put,
+    put_state,
+    state_tile,
+    tile,
+    tile_pairs,
+    weights,
+)
 
 
 @triton.jit
-def pairs(x, k, G, C: tl.constexpr, KG: tl.constexpr, STRICT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):
-    """[C, C]: sum_d x_id k_jd e^(G_id - G_jd) for j <= i (j < i if STRICT), else 0."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    past = (j < i) if STRICT else (j <= i)
-    if KG == 1:
-        gap = tl.where(past, (G - tl.trans(G)).to(DT), float("-inf"))
-        result = product(x, tl.trans(k), DT, PRECISION) * tl.exp(gap)
+def output_tile(
+    Q, K_c, U, S, G, stored, b, h, H: tl.constexpr, row, T, C: tl.constexpr, GATE: tl.constexpr, OT: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return [C, BV] of O."""
+    if GATE == 2:  # noqa: SIM108 (a kernel's branches are compiled one at a time)
+        A = tile_pairs(stored, b, h, H, row, T, C)
     else:
-        gap = tl.where(past[:, :, None], (G[:, None, :] - G[None, :, :]).to(DT), float("-inf"))
-        result = tl.sum(x[:, None, :] * k[None, :, :] * tl.exp(gap), axis=2)
-    return result
-
-
-@triton.jit
-def pairs_gradients(
-    P, x, k, G, C: tl.constexpr, KG: tl.constexpr, STRICT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Gradients of x and k [C, K] for that of the pairs, P [C, C]."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    past = (j < i) if STRICT else (j <= i)
-    if KG == 1:
-        inner = P * tl.exp(tl.where(past, (G - tl.trans(G)).to(DT), float("-inf")))
-        grad_x = product(inner, k, DT, PRECISION)
-        grad_k = product(tl.trans(inner), x, DT, PRECISION)
-    else:
-        gap = tl.where(past[:, :, None], (G[:, None, :] - G[None, :, :]).to(DT), float("-inf"))
-        inner3 = P[:, :, None] * tl.exp(gap)
-        grad_x = tl.sum(inner3 * k[None, :, :], axis=1)
-        grad_k = tl.sum(inner3 * x[:, None, :], axis=0)
-    return grad_x, grad_k
+        A = pairs(Q, K_c, G, C, GATE, False, OT, DT, PRECISION)
+    if GATE == 2:
+        Q = Q * tl.exp(G.to(DT))
+    O = product(Q, S, OT, DT, PRECISION)  # noqa: E741
+    if GATE == 1:  # (a row of Q S: cheaper than a row of Q, which the product takes as it lies in memory)
+        O = O * tl.exp(G.to(DT))  # noqa: E741
+    return O + product(A, U, OT, DT, PRECISION)
 
 
 @triton.jit
 def states_kernel(
-    k, v, w, clock, start, states, writes, final, chunks, K: tl.constexpr, V: tl.constexpr, KG: tl.constexpr,
-    C: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, w, clock, stored, start, states, writes, o, final, T, Hq: tl.constexpr, Hk: tl.constexpr,
+    Hu: tl.constexpr, Hs: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr, SAVE: tl.constexpr, OUT: tl.constexpr,
+    OT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program a row and block of value channels: keep the state before each chunk, and (delta) what it writes."""
-    n = tl.program_id(0).to(tl.int64)
-    e = tl.program_id(1) * BV
-    S = tile(start + n * K * V, 0, K, e, BV, V, DT)
+    """From left to right, a block of key and value channels of one state.
+
+    SAVE keeps the state before each chunk and (DELTA) what it writes, OUT gives its outputs. DELTA and OUT take all
+    key channels (BK = KP).
+    """
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    e, d, n = tl.program_id(0) % blocks * BV, tl.program_id(1) * BK, (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = n // Hs, n % Hs
+    chunks = tl.cdiv(T, C)
+    S = state_tile(start, n, K, V, d, BK, e, BV).to(DT)
     for c in range(chunks):
-        row = n * chunks * C + c * C
-        put(states + (n * chunks + c) * K * V, S, 0, K, e, BV, V)
-        U = tile(v, row, C, e, BV, V, DT)
+        row = c * C
+        if SAVE:
+            put_state(states, S, n * chunks + c, K, V, d, BK, e, BV)
+        U = tile(v, b, h * Hu // Hs, Hu, V, row, T, C, e, BV)
         if DELTA:
-            U -= product(tile(w, row, C, 0, K, K, DT), S, DT, PRECISION)
-            put(writes, U, row, C, e, BV, V)
-        G = tile(clock, row, C, 0, KG, KG, tl.float64)
-        last = tile(clock, row + C - 1, 1, 0, KG, KG, tl.float64)
-        left = tile(k, row, C, 0, K, K, DT) * tl.exp((last - G).to(DT))
-        S = S * tl.trans(tl.exp(last.to(DT))) + product(tl.trans(left), U, DT, PRECISION)
-    put(final + n * K * V, S, 0, K, e, BV, V)
+            U = U.to(DT) - product(tile(w, b, h, Hs, K, row, T, C, 0, BK), S, OT, DT, PRECISION)
+            if SAVE:
+                put(writes, U, b, h, Hs, V, row, T, C, e, BV)
+        K_c = tile(k, b, h * Hk // Hs, Hk, K, row, T, C, d, BK)
+        G = 0.0
+        if GATE == 1:
+            G = clock_tile(clock, b, h, Hs, 1, row, T, C, 0, 1)
+        if GATE == 2:
+            G = clock_tile(clock, b, h, Hs, K, row, T, C, d, BK)
+        if OUT:
+            for r in range(R):
+                head = h * R + r
+                Q = tile(q, b, head * Hq // (Hs * R), Hq, K, row, T, C, 0, BK)
+                O = output_tile(Q, K_c, U, S, G, stored, b, head, Hs * R, row, T, C, GATE, OT, DT, PRECISION)  # noqa: E741
+                put(o, O, b, head, Hs * R, V, row, T, C, e, BV)
+        if GATE == 1:
+            last = clock_tile(clock, b, h, Hs, 1, row + C - 1, T, 1, 0, 1)
+            S = S * tl.exp(last.to(DT))
+            U = U * tl.exp((last - G).to(DT))
+        if GATE == 2:
+            last = clock_tile(clock, b, h, Hs, K, row + C - 1, T, 1, d, BK)
+            S = S * tl.trans(tl.exp(last.to(DT)))
+            K_c = (K_c * tl.exp((last - G).to(DT))).to(OT)
+        S += product(tl.trans(K_c), U, OT, DT, PRECISION)
+    put_state(final, S, n, K, V, d, BK, e, BV)
 
 
 @triton.jit
 def outputs_kernel(
-    q, k, u, clock, states, o, chunks, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KG: tl.constexpr,
-    C: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, u, clock, stored, states, o, T, Hq: tl.constexpr, Hk: tl.constexpr, Hu: tl.constexpr, Hs: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    GATE: tl.constexpr, OT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk of a query head (R of them read one state) and a block of value channels."""
-    c = tl.program_id(0) % chunks
-    h = (tl.program_id(0) // chunks).to(tl.int64)
-    e = tl.program_id(1) * BV
-    n = h // R
-    row, head_row = n * chunks * C + c * C, h * chunks * C + c * C
-    G = tile(clock, row, C, 0, KG, KG, tl.float64)
-    Q = tile(q, head_row, C, 0, K, K, DT)
-    A = pairs(Q, tile(k, row, C, 0, K, K, DT), G, C, KG, False, DT, PRECISION)
-    S = tile(states + (n * chunks + c) * K * V, 0, K, e, BV, V, DT)
-    O = product(Q * tl.exp(G.to(DT)), S, DT, PRECISION)  # noqa: E741
-    O += product(A, tile(u, row, C, e, BV, V, DT), DT, PRECISION)  # noqa: E741
-    put(o, O, head_row, C, e, BV, V)
+    """One program a chunk of a query head and a block of value channels."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    chunks = tl.cdiv(T, C)
+    e, c = tl.program_id(0) % blocks * BV, tl.program_id(0) // blocks % chunks
+    n = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    b, head = n // (Hs * R), n % (Hs * R)
+    h, row = head // R, c * C
+    G = 0.0
+    if GATE == 1:
+        G = clock_tile(clock, b, h, Hs, 1, row, T, C, 0, 1)
+    if GATE == 2:
+        G = clock_tile(clock, b, h, Hs, K, row, T, C, 0, KP)
+    Q = tile(q, b, head * Hq // (Hs * R), Hq, K, row, T, C, 0, KP)
+    K_c = tile(k, b, h * Hk // Hs, Hk, K, row, T, C, 0, KP)
+    U = tile(u, b, h * Hu // Hs, Hu, V, row, T, C, e, BV)
+    S = state_tile(states, (b * Hs + h) * chunks + c, K, V, 0, KP, e, BV)
+    O = output_tile(Q, K_c, U, S, G, stored, b, head, Hs * R, row, T, C, GATE, OT, DT, PRECISION)  # noqa: E741
+    put(o, O, b, head, Hs * R, V, row, T, C, e, BV)
+
+
+@triton.jit
+def writes_gradient(
+    q, k, clock, stored, grad_o, G, K_c, b, h, row, T, e, Hq: tl.constexpr, Hs: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
+    OT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return [C, BV]: A^T dO, summed over the query heads, the part of dU that a chunk's own outputs send back."""
+    grad = tl.zeros((C, BV), DT)
+    for r in range(R):
+        head = h * R + r
+        if GATE == 2:
+            A = tile_pairs(stored, b, head, Hs * R, row, T, C)
+        else:
+            Q = tile(q, b, head * Hq // (Hs * R), Hq, K, row, T, C, 0, KP)
+            A = pairs(Q, K_c, G, C, GATE, False, OT, DT, PRECISION)
+        grad_out = tile(grad_o, b, head, Hs * R, V, row, T, C, e, BV)
+        grad += product(tl.trans(A.to(OT)), grad_out, OT, DT, PRECISION)
+    return grad
+
+
+@triton.jit
+def own_writes_backward_kernel(
+    q, k, clock, stored, grad_o, grad_u, T, Hq: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
+    OT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program a chunk of a state and a block of value channels (delta rule, before the walk from right to left)."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    chunks = tl.cdiv(T, C)
+    e, c = tl.program_id(0) % blocks * BV, tl.program_id(0) // blocks % chunks
+    n = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    b, h, row = n // Hs, n % Hs, c * C
+    G = 0.0
+    if GATE == 1:
+        G = clock_tile(clock, b, h, Hs, 1, row, T, C, 0, 1)
+    K_c = tile(k, b, h * Hk // Hs, Hk, K, row, T, C, 0, KP)
+    grad = writes_gradient(
+        q, k, clock, stored, grad_o, G, K_c, b, h, row, T, e, Hq, Hs, R, K, V, KP, C, BV, GATE, OT, DT, PRECISION
+    )
+    put(grad_u, grad, b, h, Hs, V, row, T, C, e, BV)
 
 
 @triton.jit
 def states_backward_kernel(
-    q, k, w, clock, grad_o, grad_final, grad_states, grad_u, grad_start, chunks, R: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, KG: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr, DT: tl.constexpr,
+    q, k, w, clock, grad_o, grad_final, grad_states, grad_u, grad_start, T, Hq: tl.constexpr, Hk: tl.constexpr,
+    Hs: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr, OT: tl.constexpr, DT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From right to left: keep the gradient of the state behind each chunk, and that of what the chunk writes."""
-    n = tl.program_id(0).to(tl.int64)
-    e = tl.program_id(1) * BV
-    D = tile(grad_final + n * K * V, 0, K, e, BV, V, DT)
+    """From right to left: keep the gradient of the state behind each chunk, and (delta) finish that of its writes."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    e, d, n = tl.program_id(0) % blocks * BV, tl.program_id(1) * BK, (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = n // Hs, n % Hs
+    chunks = tl.cdiv(T, C)
+    D = state_tile(grad_final, n, K, V, d, BK, e, BV).to(DT)
     for back in range(chunks):
         c = chunks - 1 - back
-        row = n * chunks * C + c * C
-        put(grad_states + (n * chunks + c) * K * V, D, 0, K, e, BV, V)
-        G = tile(clock, row, C, 0, KG, KG, tl.float64)
-        last = tile(clock, row + C - 1, 1, 0, KG, KG, tl.float64)
-        k_c = tile(k, row, C, 0, K, K, DT)
-        grad = product(k_c * tl.exp((last - G).to(DT)), D, DT, PRECISION)
-        D = D * tl.trans(tl.exp(last.to(DT)))
-        for r in range(R):
-            head_row = (n * R + r) * chunks * C + c * C
-            Q = tile(q, head_row, C, 0, K, K, DT)
-            grad_out = tile(grad_o, head_row, C, e, BV, V, DT)
-            A = pairs(Q, k_c, G, C, KG, False, DT, PRECISION)
-            grad += product(tl.trans(A), grad_out, DT, PRECISION)
-            D += product(tl.trans(Q * tl.exp(G.to(DT))), grad_out, DT, PRECISION)
-        put(grad_u, grad, row, C, e, BV, V)
+        row = c * C
+        put_state(grad_states, D, n * chunks + c, K, V, d, BK, e, BV)
+        if GATE == 1:
+            G = clock_tile(clock, b, h, Hs, 1, row, T, C, 0, 1)
+            last = clock_tile(clock, b, h, Hs, 1, row + C - 1, T, 1, 0, 1)
+        if GATE == 2:
+            G = clock_tile(clock, b, h, Hs, K, row, T, C, d, BK)
+            last = clock_tile(clock, b, h, Hs, K, row + C - 1, T, 1, d, BK)
         if DELTA:
-            D -= product(tl.trans(tile(w, row, C, 0, K, K, DT)), grad, DT, PRECISION)
-    put(grad_start + n * K * V, D, 0, K, e, BV, V)
+            K_c = tile(k, b, h * Hk // Hs, Hk, K, row, T, C, 0, BK)
+            if GATE == 2:
+                K_c = K_c * tl.exp((last - G).to(DT))
+            grad = product(K_c, D, OT, DT, PRECISION)
+            if GATE == 1:
+                grad = grad * tl.exp((last - G).to(DT))
+            grad += tile(grad_u, b, h, Hs, V, row, T, C, e, BV)
+            put(grad_u, grad, b, h, Hs, V, row, T, C, e, BV)
+        if GATE == 1:
+            D = D * tl.exp(last.to(DT))
+        if GATE == 2:
+            D = D * tl.trans(tl.exp(last.to(DT)))
+        for r in range(R):
+            head = h * R + r
+            Q = tile(q, b, head * Hq // (Hs * R), Hq, K, row, T, C, d, BK)
+            grad_out = tile(grad_o, b, head, Hs * R, V, row, T, C, e, BV)
+            if GATE == 1:
+                grad_out = grad_out * tl.exp(G.to(DT))
+            if GATE == 2:
+                Q = (Q * tl.exp(G.to(DT))).to(OT)
+            D += product(tl.trans(Q), grad_out, OT, DT, PRECISION)
+        if DELTA:
+            D -= product(tl.trans(tile(w, b, h, Hs, K, row, T, C, 0, BK)), grad, OT, DT, PRECISION)
+    put_state(grad_start, D, n, K, V, d, BK, e, BV)
 
 
 @triton.jit
 def inputs_backward_kernel(
-    q, k, u, clock, states, grad_o, grad_states, grad_u, grad_q, grad_k, grad_w, grad_clock, chunks, R: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, KG: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, u, clock, stored, states, grad_o, grad_states, grad_u, grad_q, grad_k, grad_w, grad_stored, grad_clock, T,
+    Hq: tl.constexpr, Hk: tl.constexpr, Hu: tl.constexpr, Hs: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
+    DELTA: tl.constexpr, OT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk of a row: gradients of q, k, w and G. The latter is q dq - k dk, channel by channel."""
-    c = tl.program_id(0) % chunks
+    """One program a chunk of a state: gradients of q, k, w (delta) or v, and of G, which is q dq - k dk by channels.
+
+    With a decay per channel the pairs' part is left to `triton_channel`: their gradient goes to grad_stored.
+    """
+    chunks = tl.cdiv(T, C)
     n = (tl.program_id(0) // chunks).to(tl.int64)
-    row = n * chunks * C + c * C
-    S_c, D_c = states + (n * chunks + c) * K * V, grad_states + (n * chunks + c) * K * V
-    G = tile(clock, row, C, 0, KG, KG, tl.float64)
-    last = tile(clock, row + C - 1, 1, 0, KG, KG, tl.float64)
-    k_c = tile(k, row, C, 0, K, K, DT)
-    from_end = tl.zeros((C, K), DT)
-    from_start = tl.zeros((C, K), DT)
-    kept = tl.zeros((K,), DT)
-    for e in range(0, V, BV):
-        S = tile(S_c, 0, K, e, BV, V, DT)
-        D = tile(D_c, 0, K, e, BV, V, DT)
-        from_end += product(tile(u, row, C, e, BV, V, DT), tl.trans(D), DT, PRECISION)
-        kept += tl.sum(S * D, axis=1)
+    b, h, c = n // Hs, n % Hs, tl.program_id(0) % chunks
+    row = c * C
+    K_c = tile(k, b, h * Hk // Hs, Hk, K, row, T, C, 0, KP)
+    G = 0.0
+    left = K_c
+    if GATE == 1:
+        G = clock_tile(clock, b, h, Hs, 1, row, T, C, 0, 1)
+        last = clock_tile(clock, b, h, Hs, 1, row + C - 1, T, 1, 0, 1)
+    if GATE == 2:
+        G = clock_tile(clock, b, h, Hs, K, row, T, C, 0, KP)
+        last = clock_tile(clock, b, h, Hs, K, row + C - 1, T, 1, 0, KP)
+    if GATE == 2:
+        left = (K_c * tl.exp((last - G).to(DT))).to(OT)
+    dk = tl.zeros((C, KP), DT)
+    dw = tl.zeros((C, KP), DT)
+    kept = tl.zeros((KP,), DT)
+    for e in range(0, VP, BV):
+        D = state_tile(grad_states, n * chunks + c, K, V, 0, KP, e, BV)
+        dk += product(tile(u, b, h * Hu // Hs, Hu, V, row, T, C, e, BV), tl.trans(D), OT, DT, PRECISION)
+        if GATE != 0 or DELTA:
+            S = state_tile(states, n * chunks + c, K, V, 0, KP, e, BV)
+        if GATE != 0:
+            kept += tl.sum(S.to(DT) * D.to(DT), axis=1)
         if DELTA:
-            from_start -= product(tile(grad_u, row, C, e, BV, V, DT), tl.trans(S), DT, PRECISION)
+            dw -= product(tile(grad_u, b, h, Hs, V, row, T, C, e, BV), tl.trans(S), OT, DT, PRECISION)
+        else:
+            grad = product(left, D, OT, DT, PRECISION)
+            if GATE == 1:
+                grad = grad * tl.exp((last - G).to(DT))
+            grad += writes_gradient(
+                q, k, clock, stored, grad_o, G, K_c, b, h, row, T, e, Hq, Hs, R, K, V, KP, C, BV, GATE, OT, DT,
+                PRECISION,
+            )  # fmt: skip
+            put(grad_u, grad, b, h, Hs, V, row, T, C, e, BV)
     if DELTA:
-        put(grad_w, from_start, row, C, 0, K, K)
-    dk = from_end * tl.exp((last - G).to(DT))
-    held = tl.sum(dk * k_c, axis=0) + kept * tl.sum(tl.exp(last.to(DT)) + tl.zeros((1, K), DT), axis=0)
-    dG = tl.where(tl.arange(0, C)[:, None] == C - 1, held[None, :], 0.0)
+        put(grad_w, dw, b, h, Hs, K, row, T, C, 0, KP)
+    dG = tl.zeros((C, KP), DT)
+    if GATE != 0:
+        dk = dk * tl.exp((last - G).to(DT))
+        held = tl.sum(dk * K_c, axis=0) + kept * tl.sum(tl.exp(last.to(DT)) + tl.zeros((1, KP), DT), axis=0)
+        at_last = tl.minimum(row + tl.arange(0, C), T - 1) == tl.minimum(row + C, T) - 1
+        at_last = at_last & (row + tl.arange(0, C) < T)
+        dG = tl.where(at_last[:, None], held[None, :], 0.0)
     for r in range(R):
-        head_row = (n * R + r) * chunks * C + c * C
-        Q = tile(q, head_row, C, 0, K, K, DT)
+        head = h * R + r
+        Q = tile(q, b, head * Hq // (Hs * R), Hq, K, row, T, C, 0, KP)
         P = tl.zeros((C, C), DT)
-        dq = tl.zeros((C, K), DT)
-        for e in range(0, V, BV):
-            grad_out = tile(grad_o, head_row, C, e, BV, V, DT)
-            P += product(grad_out, tl.trans(tile(u, row, C, e, BV, V, DT)), DT, PRECISION)
-            dq += product(grad_out, tl.trans(tile(S_c, 0, K, e, BV, V, DT)), DT, PRECISION)
-        inside_q, inside_k = pairs_gradients(P, Q, k_c, G, C, KG, False, DT, PRECISION)
-        dq = dq * tl.exp(G.to(DT)) + inside_q
-        dk += inside_k
-        dG += Q * dq
-        put(grad_q, dq, head_row, C, 0, K, K)
-    dG -= k_c * dk
-    put(grad_k, dk, row, C, 0, K, K)
-    if KG == 1:
-        put(grad_clock, tl.sum(dG, axis=1)[:, None], row, C, 0, 1, 1)
-    else:
-        put(grad_clock, dG, row, C, 0, K, K)
+        dq = tl.zeros((C, KP), DT)
+        for e in range(0, VP, BV):
+            grad_out = tile(grad_o, b, head, Hs * R, V, row, T, C, e, BV)
+            P += product(grad_out, tl.trans(tile(u, b, h * Hu // Hs, Hu, V, row, T, C, e, BV)), OT, DT, PRECISION)
+            S = state_tile(states, n * chunks + c, K, V, 0, KP, e, BV)
+            dq += product(grad_out, tl.trans(S), OT, DT, PRECISION)
+        if GATE != 0:
+            dq = dq * tl.exp(G.to(DT))
+        if GATE == 2:
+            put(grad_stored, P, b, head, Hs * R, C, row, T, C, 0, C)
+        else:
+            P = P * weights(G, C, GATE, False, DT)
+            dq += product(P, K_c, OT, DT, PRECISION)
+            dk += product(tl.trans(P.to(OT)), Q, OT, DT, PRECISION)
+        if GATE != 0:
+            dG += Q * dq
+        put(grad_q, dq, b, head, Hs * R, K, row, T, C, 0, KP)
+    put(grad_k, dk, b, h, Hs, K, row, T, C, 0, KP)
+    if GATE == 1:
+        dG -= K_c * dk
+        put(grad_clock, tl.sum(dG, axis=1)[:, None], b, h, Hs, 1, row, T, C, 0, 1)
+    if GATE == 2:
+        put(grad_clock, dG - K_c * dk, b, h, Hs, K, row, T, C, 0, KP)

@@ -1,0 +1,146 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
+"""What the Triton kernels are compiled for and launched with, and the clock and pairs that several of them read."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lineament.ops.recurrence.triton_channel import pairs_kernel
+from lineament.ops.recurrence.triton_tiles import NEVER, clock_kernel
+
+CHUNK, CHUNK_WIDE, ROWS = 64, 32, 16
+LEAST = 16  # the narrowest matrix product Triton compiles
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+TUNED: dict[str, dict[str, int]] = {  # bfloat16 products; chosen on an H100
+    "states_kernel": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+    "states_kernel, whole keys": {"BV": 64, "num_warps": 4, "num_stages": 2},
+    "outputs_kernel": {"BV": 128, "num_warps": 4, "num_stages": 2},
+    "own_writes_backward_kernel": {"BV": 128, "num_warps": 4, "num_stages": 2},
+    "states_backward_kernel": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+    "states_backward_kernel, whole keys": {"BV": 64, "num_warps": 4, "num_stages": 2},
+    "inputs_backward_kernel": {"BV": 64, "num_warps": 8, "num_stages": 2},
+    "pairs_kernel": {"BK": 64, "num_warps": 4, "num_stages": 2},
+    "pairs_backward_kernel": {"BK": 64, "num_warps": 4, "num_stages": 2},
+    "solve_kernel": {"BV": 64, "num_warps": 4, "num_stages": 2},
+    "solve_backward_kernel": {"BV": 64, "num_warps": 4, "num_stages": 2},
+}
+WIDE = {"BK": 32, "BV": 32, "num_stages": 1}  # at most, for full products: they hold their operands in registers
+
+
+def constants(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, chunk_size: int | None
+) -> dict[str, Any]:
+    """Return what the kernels are compiled for, by the names of their arguments."""
+    _, Hs, K, V = state.shape
+    types = {x.dtype for x in (q, k, v)}
+    narrow = types == {torch.bfloat16} and state.dtype == torch.float32 and q.is_cuda  # (not in the interpreter,
+    # whose products take bfloat16's bits for integers)
+    largest = CHUNK if narrow else CHUNK_WIDE
+    return {
+        "Hq": q.shape[2], "Hk": k.shape[2], "Hv": v.shape[2], "Hs": Hs, "R": max(1, q.shape[2] // Hs),
+        "K": K, "V": V, "KP": max(LEAST, triton.next_power_of_2(K)), "VP": max(LEAST, triton.next_power_of_2(V)),
+        "C": max(LEAST, min(chunk_size or largest, largest)), "GATE": 0 if log_decay is None else log_decay.dim() - 2,
+        "ROWS": ROWS, "DT": TYPES[state.dtype], "OT": TYPES[torch.bfloat16 if narrow else state.dtype],
+        "PRECISION": "tf32" if types & {torch.bfloat16, torch.float16} else "ieee",
+    }  # fmt: skip
+
+
+def operand(c: dict[str, Any]) -> torch.dtype:
+    """Return the dtype of what only products read: states, pairs, what a chunk writes."""
+    return next(dtype for dtype, name in TYPES.items() if name == c["OT"])
+
+
+def launch(kernel: Any, rows: int, c: dict[str, Any], *tensors: Any, whole: bool = False, **more: Any) -> None:
+    """Launch a kernel on `rows` chunks or states, each cut into blocks of value and of key channels.
+
+    A kernel that takes BV but not VP is one program a block of values, one that takes BK but not KP (and is not given
+    `whole` keys) one a block of keys.
+    """
+    takes, tuned = kernel.arg_names, dict(TUNED[kernel.__name__ + (", whole keys" if whole else "")])
+    if operand(c) != torch.bfloat16:
+        tuned |= {name: min(most, tuned[name]) for name, most in WIDE.items() if name in tuned}
+    for block, width in (("BV", c["VP"]), ("BK", c["KP"])):
+        if block in takes:
+            tuned[block] = min(tuned.get(block, width), width)
+    given = {name: value for name, value in (c | more).items() if name in takes}
+    values = c["VP"] // tuned["BV"] if "BV" in takes and "VP" not in takes else 1
+    keys = c["KP"] // tuned["BK"] if "BK" in takes and "KP" not in takes else 1
+    with _safe_products(next(x for x in tensors if x is not None)):
+        kernel[(rows * values, keys)](*tensors, **given, **tuned)
+
+
+@contextmanager
+def _safe_products(x: Tensor) -> Iterator[None]:
+    """Compile without Hopper's own matrix instruction where the assembler is known to get it wrong.
+
+    ptxas before 13.1 (Triton bundles it up to 3.8) assembles some kernels with wgmma to wrong results or illegal reads
+    on compute capability 9.0 (fla-org/flash-linear-attention#640, #1262). The switch is part of Triton's cache key.
+    """
+    if not (x.is_cuda and _assembler_fails(x.device)) or "DISABLE_MMA_V3" in os.environ:
+        yield
+        return
+    os.environ["DISABLE_MMA_V3"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["DISABLE_MMA_V3"]
+
+
+@cache
+def _assembler_fails(device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas_version
+
+        found = re.search(r"release (\d+)\.(\d+)", get_ptxas_version(90))
+    except (ImportError, TypeError, OSError):
+        return True
+    return found is None or (int(found[1]), int(found[2])) < (13, 1)
+
+
+def clock_of(log_decay: Tensor | None, c: dict[str, Any]) -> Tensor | None:
+    """Sum the gates [B, T, Hs] or [B, T, Hs, K] from each chunk's start."""
+    if log_decay is None:
+        return None
+    narrow = operand(c) == torch.bfloat16
+    clock = torch.empty_like(log_decay, dtype=torch.float32 if narrow else torch.float64)
+    return _sum(log_decay, clock, c["C"], NEVER if narrow else float("-inf"), BACKWARD=False)
+
+
+def gates_gradient(grad_clock: Tensor, c: dict[str, Any]) -> Tensor:
+    """Turn the clock's gradient into the gates': a sum from each chunk's end."""
+    return _sum(grad_clock, torch.empty_like(grad_clock), c["C"], 0.0, BACKWARD=True)
+
+
+def _sum(x: Tensor, out: Tensor, C: int, floor: float, *, BACKWARD: bool) -> Tensor:
+    B, T, W = x.shape[0], x.shape[1], x[0, 0].numel()
+    BW = min(64, triton.next_power_of_2(W))
+    clock_kernel[(B * triton.cdiv(T, C), triton.cdiv(W, BW))](x, out, T, floor, W=W, C=C, BW=BW, BACKWARD=BACKWARD)
+    return out
+
+
+def stored_pairs(x: Tensor, k: Tensor, clock: Tensor | None, c: dict[str, Any], *, strict: bool) -> Tensor | None:
+    """Return the pairs that kernels read from memory where decays are per channel: [B, T, Hs R, C] (strict: R = 1)."""
+    if c["GATE"] != 2:
+        return None
+    B, T, Hx, _ = x.shape
+    R = 1 if strict else c["R"]
+    stored = x.new_empty(B, T, c["Hs"] * R, c["C"], dtype=operand(c))
+    rows = B * c["Hs"] * R * triton.cdiv(T, c["C"])
+    launch(pairs_kernel, rows, c | {"R": R, "Hx": Hx, "STRICT": strict}, x, k, clock, stored, T)
+    return stored
+
+
+def processors(x: Tensor) -> int:
+    """Return the number of the card's multiprocessors (1 where the interpreter runs)."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
