@@ -1,8 +1,10 @@
 """The Triton kernels under Triton's interpreter, in a process of its own: a kernel reads the switch when defined."""
 
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from lineament.ops.recurrence import BACKENDS_DECAYED, decayed_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that interprets the kernels")
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+from lineament.ops.recurrence import triton_decayed, triton_launch  # noqa: E402 (they import triton)
 
 
 def same(p, tolerance, **options):
@@ -60,6 +63,35 @@ def test_float32_and_gates_of_any_strength(delta, gate):
 
 
 @interpreted
+@pytest.mark.parametrize("strength", [1.0, 30.0], ids=["mild", "strong"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("delta", [False, True], ids=["decayed", "delta"])
+def test_chunks_of_64_solve_and_pair_by_four_blocks_of_16(monkeypatch, delta, gate, strength):
+    """As bfloat16 goes on a GPU. Strong gates per channel take sixteen rows at a time, mild ones a chunk at once."""
+    monkeypatch.setattr(triton_launch, "CHUNK_WIDE", 64)
+    same(problem(70, (1, 1, 1), B=1, gate=gate, delta=delta, strength=strength), 1e-9)
+
+
+@interpreted
+@pytest.mark.parametrize("fills", [0.0, math.inf], ids=["one walk", "two launches"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("delta", [False, True], ids=["decayed", "delta"])
+def test_outputs_from_the_walk_or_from_a_launch_of_their_own(monkeypatch, delta, gate, fills):
+    monkeypatch.setattr(triton_decayed, "FILLS", fills)
+    same(problem(40, (4, 2, 2), B=1, K=20, V=40, gate=gate, delta=delta), 1e-9)
+
+
+@interpreted
+def test_keys_that_are_nearly_equal_solve_without_cancellation(monkeypatch):
+    """L is then almost all ones: powers of it would grow like binomials and lose every digit."""
+    monkeypatch.setattr(triton_launch, "CHUNK_WIDE", 64)
+    p = problem(64, (1, 1, 1), B=1, gate="none", dtype=torch.float32)
+    p.k.copy_(torch.nn.functional.normalize(torch.ones_like(p.k) + 1e-3 * p.k, dim=-1))
+    p.beta.fill_(1.0)
+    same(p, 1e-3)
+
+
+@interpreted
 def test_many_value_blocks_and_half_precision():
     p = problem(20, (1, 1, 1), B=1, K=32, V=100, gate="head", dtype=torch.float32)
     same(p, 1e-4)
@@ -67,3 +99,58 @@ def test_many_value_blocks_and_half_precision():
     wanted = everything(low.map(torch.Tensor.double), "reference")["o"]
     got = everything(low, "triton")["o"].double()
     assert (got - wanted).norm() / wanted.norm() < 1e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fills", [0.0, math.inf], ids=["one walk", "two launches"])
+@pytest.mark.parametrize("strength", [0.1, 30.0], ids=["mild", "strong"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("delta", [False, True], ids=["decayed", "delta"])
+def test_bfloat16_on_a_gpu(monkeypatch, delta, gate, strength, fills):
+    monkeypatch.setattr(triton_decayed, "FILLS", fills)
+    p = problem(150, (4, 2, 2), K=64, V=96, gate=gate, delta=delta, strength=strength).map(lambda x: x.cuda())
+    low = replace(p.map(lambda x: x.bfloat16()), state=p.state.float())
+    wanted = everything(low.map(torch.Tensor.double), "reference")
+    for name, found in everything(low, "triton").items():
+        assert (found.double() - wanted[name]).norm() / wanted[name].norm() < 2e-2, name
+
+
+@pytest.mark.parametrize(
+    ("capability", "ptxas", "avoided"),
+    [((9, 0), "release 12.8, V12.8.93", True), ((9, 0), "release 13.1, V13.1.80", False),
+     ((9, 0), "?", True), ((8, 0), "release 12.8, V12.8.93", False)],
+)  # fmt: skip
+def test_hoppers_matrix_instruction_is_avoided_where_the_assembler_fails(monkeypatch, capability, ptxas, avoided):
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(compiler, "get_ptxas_version", lambda arch: f"Cuda compilation tools, {ptxas}")
+    assert triton_launch.assembler_fails.__wrapped__(torch.device("cuda")) == avoided
+
+
+@interpreted
+def test_blocks_that_need_too_much_shared_memory_are_halved(monkeypatch):
+    refused, real = [], triton_launch.blocks
+    monkeypatch.setattr(triton_launch, "FITTING", {})
+
+    class Small:
+        """A card on which only blocks of sixteen values fit."""
+
+        def __init__(self, kernel):
+            self.kernel, self.arg_names, self.__name__ = kernel, kernel.arg_names, kernel.__name__
+
+        def __getitem__(self, grid):
+            def call(*tensors, **given):
+                if given["BV"] > 16 or given["num_stages"] > 1:
+                    refused.append(given["BV"])
+                    raise triton.OutOfResources(1, 0, "shared memory")
+                self.kernel[grid](*tensors, **given)
+
+            return call
+
+    monkeypatch.setattr(triton_decayed, "states_kernel", Small(triton_decayed.states_kernel))
+    monkeypatch.setattr(triton_launch, "blocks", lambda name, c: real(name, c) | {"num_stages": 2})
+    for _ in range(2):  # the second time it is known
+        same(problem(20, (1, 1, 1), B=1, K=4, V=60, gate="head", delta=False), 1e-9)
+    assert refused == [32, 32]
+    with pytest.raises(RuntimeError, match="shared memory"):
+        triton_launch.smaller({"BV": 16, "num_warps": 4, "num_stages": 1})

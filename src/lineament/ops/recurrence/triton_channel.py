@@ -1,10 +1,10 @@
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
 """Decayed pairs where every key channel has its own decay: A_ij = sum_d x_id k_jd e^(G_id - G_jd), and its gradients.
 
 A product of two matrices gives them if the decay is cut in two at one moment: (x e^(G_i - M)) (k e^(M - G_j)), M
-halfway through the chunk's decay. Both exponents stay under RANGE / 2 where no channel decays by more than RANGE nats in
-a chunk: nothing overflows, and bfloat16 and float32 keep all their digits. Chunks that decay more go sixteen rows at a
-time: against all earlier sixteens by one product, cut at the token before the rows (GLA, arXiv:2312.06635, section
+halfway through the chunk's decay. Both exponents stay under RANGE / 2 where no channel decays by more than RANGE nats
+in a chunk: nothing overflows, and bfloat16 and float32 keep all their digits. Chunks that decay more go sixteen rows at
+a time: against all earlier sixteens by one product, cut at the token before the rows (GLA, arXiv:2312.06635, section
 4.3); among themselves pair by pair. There every exponent is <= 0.
 """
 

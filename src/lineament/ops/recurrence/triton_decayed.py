@@ -29,7 +29,6 @@ from lineament.ops.recurrence.triton_launch import (
     constants,
     gates_gradient,
     launch,
-    operand,
     processors,
     stored_pairs,
 )
@@ -64,8 +63,8 @@ def forward(
     out = B * c["Hs"] * c["VP"] >= 64 * FILLS * processors(q)
     save = keep or not out
     final, o = torch.empty_like(state), v.new_empty(B, T, c["Hs"] * c["R"], c["V"])
-    states = state.new_empty(B, c["Hs"], chunks, c["K"], c["V"], dtype=operand(c)) if save else None
-    writes = state.new_empty(B, T, c["Hs"], c["V"], dtype=operand(c)) if save and delta else u
+    states = state.new_empty(B, c["Hs"], chunks, c["K"], c["V"], dtype=c["dtype"]) if save else None
+    writes = state.new_empty(B, T, c["Hs"], c["V"], dtype=c["dtype"]) if save and delta else u
     launch(
         states_kernel, B * c["Hs"], c, q, k, u, w, clock, stored, state, states, writes, o, final, T,
         whole=delta or out, SAVE=save, OUT=out,
@@ -90,7 +89,7 @@ def backward(
     later = c["GATE"] == 2  # other kernels add to these
     grad_q = q.new_empty(B, T, Hs * R, c["K"], dtype=wide if later or c["Hq"] < Hs * R else q.dtype)
     grad_k = k.new_empty(B, T, Hs, c["K"], dtype=wide if later or delta or c["Hk"] < Hs else k.dtype)
-    grad_u = v.new_empty(B, T, Hs, c["V"], dtype=operand(c) if delta else wide if c["Hv"] < Hs else v.dtype)
+    grad_u = v.new_empty(B, T, Hs, c["V"], dtype=c["dtype"] if delta else wide if c["Hv"] < Hs else v.dtype)
     grad_w = None if w is None else torch.empty_like(w)
     grad_clock = None if clock is None else torch.empty_like(clock, dtype=wide)
     grad_stored = None if stored is None else torch.empty_like(stored)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lineament.ops.recurrence import triton_decayed
 from lineament.ops.recurrence.triton_decayed import contiguous, pairs_backward, shared
-from lineament.ops.recurrence.triton_launch import clock_of, constants, gates_gradient, launch, operand, stored_pairs
+from lineament.ops.recurrence.triton_launch import clock_of, constants, gates_gradient, launch, stored_pairs
 from lineament.ops.recurrence.triton_tiles import clock_tile, pairs, product, put, tile, tile_pairs, weights
 
 
@@ -151,7 +151,7 @@ class Delta(torch.autograd.Function):
         B, T = q.shape[:2]
         clock = clock_of(log_decay, c)
         between = stored_pairs(k, k, clock, c, strict=True)
-        inverse, w, x = (state.new_empty(B, T, c["Hs"], n, dtype=operand(c)) for n in (c["C"], c["K"], c["V"]))
+        inverse, w, x = (state.new_empty(B, T, c["Hs"], n, dtype=c["dtype"]) for n in (c["C"], c["K"], c["V"]))
         rows = B * c["Hs"] * triton.cdiv(T, c["C"])
         launch(solve_kernel, rows, c, k, v, beta, clock, between, inverse, w, x, T)
         keep = any(ctx.needs_input_grad)

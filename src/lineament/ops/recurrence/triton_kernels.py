@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 """Triton kernels that the decayed and the delta family share: states, outputs, and their gradients.
 
 A chunk of C tokens with clock G (`triton_tiles`), writes U and the state S before it:

@@ -33,59 +33,81 @@ TUNED: dict[str, dict[str, int]] = {  # bfloat16 products; chosen on an H100
     "solve_kernel": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "solve_backward_kernel": {"BV": 64, "num_warps": 4, "num_stages": 2},
 }
+FITTING: dict[tuple, dict[str, int]] = {}  # smaller choices, where TUNED needs more shared memory than the card has
 WIDE = {"BK": 32, "BV": 32, "num_stages": 1}  # at most, for full products: they hold their operands in registers
 
 
 def constants(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, chunk_size: int | None
 ) -> dict[str, Any]:
-    """Return what the kernels are compiled for, by the names of their arguments."""
+    """Return what the kernels are compiled for, by the names of their arguments.
+
+    And `dtype`, that of what only products read: states, pairs, what a chunk writes.
+    """
     _, Hs, K, V = state.shape
     types = {x.dtype for x in (q, k, v)}
     narrow = types == {torch.bfloat16} and state.dtype == torch.float32 and q.is_cuda  # (not in the interpreter,
     # whose products take bfloat16's bits for integers)
-    largest = CHUNK if narrow else CHUNK_WIDE
+    largest, stored = (CHUNK, torch.bfloat16) if narrow else (CHUNK_WIDE, state.dtype)
     return {
         "Hq": q.shape[2], "Hk": k.shape[2], "Hv": v.shape[2], "Hs": Hs, "R": max(1, q.shape[2] // Hs),
         "K": K, "V": V, "KP": max(LEAST, triton.next_power_of_2(K)), "VP": max(LEAST, triton.next_power_of_2(V)),
         "C": max(LEAST, min(chunk_size or largest, largest)), "GATE": 0 if log_decay is None else log_decay.dim() - 2,
-        "ROWS": ROWS, "DT": TYPES[state.dtype], "OT": TYPES[torch.bfloat16 if narrow else state.dtype],
+        "ROWS": ROWS, "DT": TYPES[state.dtype], "OT": TYPES[stored], "dtype": stored,
         "PRECISION": "tf32" if types & {torch.bfloat16, torch.float16} else "ieee",
     }  # fmt: skip
-
-
-def operand(c: dict[str, Any]) -> torch.dtype:
-    """Return the dtype of what only products read: states, pairs, what a chunk writes."""
-    return next(dtype for dtype, name in TYPES.items() if name == c["OT"])
 
 
 def launch(kernel: Any, rows: int, c: dict[str, Any], *tensors: Any, whole: bool = False, **more: Any) -> None:
     """Launch a kernel on `rows` chunks or states, each cut into blocks of value and of key channels.
 
     A kernel that takes BV but not VP is one program a block of values, one that takes BK but not KP (and is not given
-    `whole` keys) one a block of keys.
+    `whole` keys) one a block of keys. Blocks that don't fit into the card's shared memory are halved, once for all.
     """
-    takes, tuned = kernel.arg_names, dict(TUNED[kernel.__name__ + (", whole keys" if whole else "")])
-    if operand(c) != torch.bfloat16:
-        tuned |= {name: min(most, tuned[name]) for name, most in WIDE.items() if name in tuned}
-    for block, width in (("BV", c["VP"]), ("BK", c["KP"])):
-        if block in takes:
-            tuned[block] = min(tuned.get(block, width), width)
-    given = {name: value for name, value in (c | more).items() if name in takes}
-    values = c["VP"] // tuned["BV"] if "BV" in takes and "VP" not in takes else 1
-    keys = c["KP"] // tuned["BK"] if "BK" in takes and "KP" not in takes else 1
-    with _safe_products(next(x for x in tensors if x is not None)):
-        kernel[(rows * values, keys)](*tensors, **given, **tuned)
+    name = kernel.__name__ + (", whole keys" if whole else "")
+    case = (name, c["KP"], c["VP"], c["C"], c["GATE"], c["dtype"])
+    while True:
+        tuned = FITTING.get(case) or blocks(name, c)
+        given = {n: value for n, value in (c | tuned | more).items() if n in kernel.arg_names}
+        if "BK" in kernel.arg_names:
+            given.setdefault("BK", c["KP"])
+        values = c["VP"] // given["BV"] if "BV" in given and "VP" not in given else 1
+        keys = c["KP"] // given["BK"] if "BK" in given and "KP" not in given else 1
+        options = {n: tuned[n] for n in ("num_warps", "num_stages")}
+        try:
+            with safe_products(next(x for x in tensors if x is not None)):
+                kernel[(rows * values, keys)](*tensors, **given, **options)
+            return
+        except triton.OutOfResources:
+            FITTING[case] = smaller(tuned)
+
+
+def blocks(name: str, c: dict[str, Any]) -> dict[str, int]:
+    """Return a kernel's blocks, warps and stages, no wider than the channels."""
+    tuned = dict(TUNED[name])
+    if c["dtype"] != torch.bfloat16:
+        tuned |= {n: min(most, tuned[n]) for n, most in WIDE.items() if n in tuned}
+    return tuned | {n: min(tuned[n], c[width]) for n, width in (("BV", "VP"), ("BK", "KP")) if n in tuned}
+
+
+def smaller(tuned: dict[str, int]) -> dict[str, int]:
+    """Return the next choice that takes less shared memory: one stage, then halves of the widest block."""
+    if tuned["num_stages"] > 1:
+        return tuned | {"num_stages": 1}
+    widest = max((n for n in ("BV", "BK") if n in tuned), key=lambda n: tuned[n])
+    if tuned[widest] <= LEAST:
+        raise RuntimeError("the Triton kernels need more shared memory than this GPU has; use another backend")
+    return tuned | {widest: tuned[widest] // 2}
 
 
 @contextmanager
-def _safe_products(x: Tensor) -> Iterator[None]:
+def safe_products(x: Tensor) -> Iterator[None]:
     """Compile without Hopper's own matrix instruction where the assembler is known to get it wrong.
 
     ptxas before 13.1 (Triton bundles it up to 3.8) assembles some kernels with wgmma to wrong results or illegal reads
     on compute capability 9.0 (fla-org/flash-linear-attention#640, #1262). The switch is part of Triton's cache key.
     """
-    if not (x.is_cuda and _assembler_fails(x.device)) or "DISABLE_MMA_V3" in os.environ:
+    if not (x.is_cuda and assembler_fails(x.device)) or "DISABLE_MMA_V3" in os.environ:
         yield
         return
     os.environ["DISABLE_MMA_V3"] = "1"
@@ -96,7 +118,7 @@ def _safe_products(x: Tensor) -> Iterator[None]:
 
 
 @cache
-def _assembler_fails(device: torch.device) -> bool:
+def assembler_fails(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
@@ -112,7 +134,7 @@ def clock_of(log_decay: Tensor | None, c: dict[str, Any]) -> Tensor | None:
     """Sum the gates [B, T, Hs] or [B, T, Hs, K] from each chunk's start."""
     if log_decay is None:
         return None
-    narrow = operand(c) == torch.bfloat16
+    narrow = c["dtype"] == torch.bfloat16
     clock = torch.empty_like(log_decay, dtype=torch.float32 if narrow else torch.float64)
     return _sum(log_decay, clock, c["C"], NEVER if narrow else float("-inf"), BACKWARD=False)
 
@@ -135,7 +157,7 @@ def stored_pairs(x: Tensor, k: Tensor, clock: Tensor | None, c: dict[str, Any], 
         return None
     B, T, Hx, _ = x.shape
     R = 1 if strict else c["R"]
-    stored = x.new_empty(B, T, c["Hs"] * R, c["C"], dtype=operand(c))
+    stored = x.new_empty(B, T, c["Hs"] * R, c["C"], dtype=c["dtype"])
     rows = B * c["Hs"] * R * triton.cdiv(T, c["C"])
     launch(pairs_kernel, rows, c | {"R": R, "Hx": Hx, "STRICT": strict}, x, k, clock, stored, T)
     return stored
