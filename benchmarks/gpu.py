@@ -124,10 +124,11 @@ def check(console: Console, peer: bool, ops: list[str]) -> list[dict[str, Any]]:
                     continue
                 triton_decayed.FILLS = triton_decayed.FILLS if fills is None else fills
                 found = gradients(fla(op) if fills is None else ours(op), x, uses(op), weight)
-                row[name] = {n: ((found[n].double() - t).norm() / t.norm()).item() for n, t in wanted.items()}
-                worst = max(row[name], key=lambda n: row[name][n])
+                errors = {n: ((found[n].double() - t).norm() / t.norm()).item() for n, t in wanted.items()}
+                row[name] = {n: e if math.isfinite(e) else str(e) for n, e in errors.items()}
+                worst = max(errors, key=lambda n: errors[n] if math.isfinite(errors[n]) else math.inf)
                 about = f"{op:17} {row['dtype']:8} T={T} width {width} gates x {strength:g}"
-                console.print(f"{about:55} {name:19} worst {row[name][worst]:.1e} of {worst}", highlight=False)
+                console.print(f"{about:55} {name:19} worst {errors[worst]:.1e} of {worst}", highlight=False)
             rows.append(row)
     triton_decayed.FILLS = FILLS
     return rows
