@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE / "students"  # not kept in the repository
 SCRIPTS: dict[str, tuple[str, ...]] = {  # what makes a run of each small
     **dict.fromkeys(
-        ("ops", "steps", "students", "decoders", "recipes", "other_weights", "merging", "matching", "masked",
+        ("ops", "gpu", "steps", "students", "decoders", "recipes", "other_weights", "merging", "matching", "masked",
          "circuits", "shallow", "explain_peers", "transcoders", "why_paris", "barriers"), ("--quick",),
     ),
     "faithfulness": ("--texts", "2"), "merging_story": ("--steps", "2", "--windows", "1"),

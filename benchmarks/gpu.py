@@ -1,7 +1,11 @@
 """Check the Triton kernels on a GPU, and time them beside flash-linear-attention's and beside the card's roofline.
 
-    python benchmarks/gpu.py --json benchmarks/results/gpu.json     # two minutes, most of them spent compiling
+    python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --quick --kernels                      # one shape, and where the time goes
+    python benchmarks/gpu.py --no-fla --check-only
+
+fla compiles and tries some 50 to 200 variants per op before its first result: minutes, of which the compiler's can be
+had beforehand by `--warm`, in several processes. So ours are timed first, and rows are printed and kept as they come.
 
 bfloat16 inputs, float32 gates, K = V = 128. Milliseconds are medians by CUDA events, with the cache of the card emptied
 between calls. The roofline of a case is the longer of two times: every input read once and every output written once at
@@ -19,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -27,8 +30,15 @@ from torch.nn.functional import normalize
 
 from lineament._base.extras import available
 from lineament.io import write_json
-from lineament.ops.recurrence import decayed_attention, delta_rule, triton_decayed
+from lineament.ops.recurrence import decayed_attention, delta_rule
 from lineament.report import machine
+
+if not available("triton"):
+    raise SystemExit("triton is not installed; pip install 'lineament[gpu]'")
+
+import triton
+
+from lineament.ops.recurrence import triton_decayed
 
 MEASURE = triton.testing.do_bench
 FILLS = triton_decayed.FILLS
@@ -190,29 +200,36 @@ def kernels(op: str, call: Call, x: dict[str, Tensor]) -> list[tuple[str, float]
 
 
 def time_ops(
-    console: Console, ops: list[str], shapes: tuple[tuple[int, int, int], ...], peer: bool, rates: dict[str, float]
-) -> list[dict[str, Any]]:
-    """Return a row per op, shape and pass (f forward, fb forward and backward)."""
+    console: Console, ops: list[str], shapes: tuple[tuple[int, int, int], ...], peer: bool, rates: dict[str, float],
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> None:  # fmt: skip
+    """Find a row per op, shape and pass (f forward, fb forward and backward), ours first; `keep` gets all so far."""
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         x = inputs(*shape)
         for op in ops:
-            mine, theirs = timed(op, ours(op), x), (None, None)
+            for what, ms, best in zip(("f", "fb"), timed(op, ours(op), x), roofline(op, x, rates), strict=True):
+                row = dict(zip("BTH", shape, strict=True)) | {"op": op, "what": what, "ms": ms, "fla_ms": None}
+                rows.append(row | {"roofline_ms": best, "of roofline": best / ms, "of fla": None})
+                console.print(f"{op:17} {shape} {what:2} {ms:.3f} ms, {best / ms:.2f} of roofline", highlight=False)
+            keep(rows)
+    for shape in shapes if peer else ():
+        x = inputs(*shape)
+        for op in ops:
             try:
-                theirs = timed(op, fla(op), x) if peer else theirs
-            except Exception as error:  # fla refuses some versions of Triton: that is said, and ours are timed
+                theirs = timed(op, fla(op), x)
+            except Exception as error:  # fla refuses some versions of Triton: that is said, and the rest goes on
                 console.print(f"fla, {op}: {error!r}"[:400])
-            best = roofline(op, x, rates)
-            for i, what in enumerate(("f", "fb")):
-                row = dict(zip("BTH", shape, strict=True)) | {
-                    "op": op,
-                    "what": what,
-                    "ms": mine[i],
-                    "fla_ms": theirs[i],
-                }
-                row |= {"roofline_ms": best[i], "of roofline": best[i] / mine[i]}
-                rows.append(row | {"of fla": theirs[i] and theirs[i] / mine[i]})
-    return rows
+                continue
+            for row in rows:
+                if (row["B"], row["T"], row["H"], row["op"]) == (*shape, op):
+                    row["fla_ms"] = theirs[row["what"] == "fb"]
+                    row["of fla"] = row["fla_ms"] / row["ms"]
+                    about = (
+                        f"{op:17} {shape} {row['what']:2} fla {row['fla_ms']:.3f} ms, ours {row['of fla']:.2f} times"
+                    )
+                    console.print(about, highlight=False)
+            keep(rows)
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -235,6 +252,9 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="also print where the time goes, kernel by kernel")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA GPU here: nothing was checked or timed")
+        return
     console, began = Console(width=150), time.perf_counter()
     peer = available("fla") and not options.no_fla
     triton.testing.do_bench = partial(MEASURE, warmup=1 if options.warm else 5, rep=1 if options.warm else 20)  # fla's
@@ -253,9 +273,16 @@ def main() -> None:
                     call(x)
         return
     found: dict[str, Any] = {"about": about, "goals": GOALS}
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        found["rows"] = rows
+        if options.json:
+            write_json(options.json, found)
+
     if not options.check_only:
         found["ceilings"] = ceilings()
-        found["rows"] = time_ops(console, options.ops, SHAPES[: 1 if options.quick else None], peer, found["ceilings"])
+        shapes = SHAPES[: 1 if options.quick else None]
+        time_ops(console, options.ops, shapes, peer, found["ceilings"], keep)
         console.print(table(found), {name: f"{rate:.3g}" for name, rate in found["ceilings"].items()})
     if options.kernels:
         for op in options.ops:
