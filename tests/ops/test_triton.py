@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,20 @@ def test_hoppers_matrix_instruction_is_avoided_where_the_assembler_fails(monkeyp
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(compiler, "get_ptxas_version", lambda arch: f"Cuda compilation tools, {ptxas}")
     assert triton_launch.assembler_fails.__wrapped__(torch.device("cuda")) == avoided
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_switch_is_set_for_a_launch_alone(monkeypatch, before):
+    """Seen by the compiler itself, so that what it kept of other settings isn't taken for this one."""
+    triton_kept = pytest.importorskip("triton._C.libtriton").get_cache_invalidating_env_vars
+    monkeypatch.delenv("DISABLE_MMA_V3", raising=False)
+    if before is not None:
+        monkeypatch.setenv("DISABLE_MMA_V3", before)
+    monkeypatch.setattr(triton_launch, "assembler_fails", lambda device: True)
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    with triton_launch.safe_products(x):
+        assert triton_kept()["DISABLE_MMA_V3"] == "true"
+    assert os.environ.get("DISABLE_MMA_V3") == before
 
 
 @interpreted

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ TUNED: dict[str, dict[str, int]] = {  # bfloat16 products; by times on an H100, 
     "solve_backward_kernel": {"BV": 64, "num_warps": 4, "num_stages": 2},
 }
 FITTING: dict[tuple, dict[str, int]] = {}  # smaller choices, where TUNED needs more shared memory than the card has
+SWITCH = RLock()
 WIDE = {"BK": 32, "BV": 32, "num_stages": 1}  # at most, for full products: they hold their operands in registers
 
 
@@ -107,14 +109,19 @@ def safe_products(x: Tensor) -> Iterator[None]:
     ptxas before 13.1 (Triton bundles it up to 3.8) assembles some kernels with wgmma to wrong results or illegal reads
     on compute capability 9.0 (fla-org/flash-linear-attention#640, #1262). The switch is part of Triton's cache key.
     """
-    if not (x.is_cuda and assembler_fails(x.device)) or "DISABLE_MMA_V3" in os.environ:
+    if not (x.is_cuda and assembler_fails(x.device)):
         yield
         return
-    os.environ["DISABLE_MMA_V3"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["DISABLE_MMA_V3"]
+    with SWITCH:  # (backward passes launch from threads of their own)
+        before = os.environ.get("DISABLE_MMA_V3")
+        os.environ["DISABLE_MMA_V3"] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["DISABLE_MMA_V3"]
+            else:
+                os.environ["DISABLE_MMA_V3"] = before
 
 
 @cache
