@@ -12,8 +12,8 @@ door after it checked shapes and devices, with
   expanded: Hs = max(Hk, Hv) state heads, heads repeat consecutively, T >= 1);
 - beta [B, T, Hs] and log_decay None | [B, T, Hs] | [B, T, Hs, K] in the dtype of `state`, log_decay clamped at -1e3
   (finite; the door's clamp gives the zero gradient);
-- state [B, Hs, K, V], float32 or float64, never None, never written to; all sums are in its dtype or wider (products may
-  take the inputs' own precision);
+- state [B, Hs, K, V], float32 or float64, never None, never written to; all sums are in its dtype or wider (products
+  may take the inputs' own precision);
 - chunk_size: None (the backend's own choice) or a power of two; a backend without chunks ignores it.
 
 It returns o [B, T, max(Hq, Hs), V] in v's dtype and a new state like `state`, both differentiable in every input.
