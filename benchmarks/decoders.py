@@ -5,10 +5,11 @@
     python benchmarks/decoders.py --layers 4 --width 96 --heads 3 --key-heads 3 --contexts 256 512   # to try it out
 
 The shape is SmolLM2-135M's (30 layers, width 576, 9 and 3 heads), weights are random, arms have equal parameters.
-Softmax is transformers' Llama and ours, whichever is faster. Medians up to 16k, once at 32k; 64k is extrapolated and
-says so: t = bT + cT^2 for prefill, a + bT for a decoded token, from the two longest measured. "free" is the ceiling:
-the same model with mixers that cost nothing. With --json a mixer's rows are kept in FILE.partial when it is done, and a
-run that was cut off goes on behind them (same shape, contexts and machine).
+Softmax is transformers' Llama and ours, whichever is faster. Medians up to 16k, once at 32k (--once: from which length
+on, and then only the softmax that was faster before); 64k is extrapolated (said there): t = bT + cT^2 for prefill, a + bT
+for a decoded token, from the two longest measured. "free" is the ceiling: the same model with mixers that cost nothing.
+With --json every measurement is kept in FILE.partial, and a run that was cut off goes on behind it (same shape and
+machine). Prefill takes most of the time: some two hours a mixer on two cores.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import copy
 import json
 import math
 import time
-from itertools import chain, pairwise
+from collections.abc import Callable
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from lineament.tasks.cost import decode_speed, prefill_speed
 MIXERS = ("gated-deltanet", "kda", "lightning", "gla")
 CONTEXTS = (1024, 2048, 4096, 8192, 16384)
 ONCE, EXTRAPOLATED = 32768, 65536
+SOFTMAX = ("softmax, transformers", "softmax, ours")
 
 
 class FreeHeads(nn.Module):
@@ -107,25 +110,43 @@ def crossover(softmax: dict[int, float], arm: dict[int, float]) -> float | None:
     return math.exp(ratios[0][0])
 
 
-def rows_of(mixer: str, shape: dict[str, Any], contexts: list[int], once: int | None) -> list[dict[str, Any]]:
-    """Measure one mixer's arms; a row per measure and context, and one per crossover."""
-    models, found = models_of(mixer, shape), []
-    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+def measured(
+    mixer: str, models: dict[str, nn.Module], contexts: list[int], once: int, kept: list[dict[str, Any]],
+    keep: Callable[[], None],
+) -> None:  # fmt: skip
+    """Add what `kept` lacks of a mixer: {"mixer", "measure", "context", "kind", "seconds": {model: median}}."""
+    for what, context in product(("prefill", "decode"), contexts):
+        before = {row["context"]: row["seconds"] for row in kept if (row["mixer"], row["measure"]) == (mixer, what)}
+        if context not in before:
+            timed = models
+            if context >= once and before:  # of softmax only the one that was faster
+                times = before[max(before)]
+                slower = max(SOFTMAX, key=lambda name: times.get(name, math.inf))
+                timed = {name: model for name, model in models.items() if name != slower}
+            seconds = measure(timed, what, context, context >= once)
+            row = {"mixer": mixer, "measure": what, "context": context, "kind": "once" if context >= once else "median"}
+            kept.append(row | {"seconds": seconds})
+            keep()
+
+
+def rows_of(mixer: str, models: dict[str, nn.Module], kept: list[dict[str, Any]], extrapolate: bool) -> list[dict]:
+    """Lay one mixer's measurements out: a row per measure and context, and one per crossover."""
+    found, sizes = [], {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     for what in ("prefill", "decode"):
-        times: dict[str, dict[int, float]] = {name: {} for name in models}
-        for context in [*contexts, *([once] if once else [])]:
-            for name, seconds in measure(models, what, context, context == once).items():
-                times[name][context] = seconds
-        measured = len(contexts) + bool(once)
-        if once and measured > 1:
+        mine = [row for row in kept if (row["mixer"], row["measure"]) == (mixer, what)]
+        kinds = {row["context"]: row["kind"] for row in mine}
+        times = {n: {row["context"]: row["seconds"][n] for row in mine if n in row["seconds"]} for n in models}
+        times["softmax"] = {c: min(times[name].get(c, math.inf) for name in SOFTMAX) for c in kinds}
+        if extrapolate and len(mine) > 1:
+            longest, kinds[EXTRAPOLATED] = max(kinds), "extrapolated"
             for of in times.values():
-                of[EXTRAPOLATED] = extrapolated(what, of, EXTRAPOLATED)
-        softmax = {c: min(s, times["softmax, transformers"][c]) for c, s in times["softmax, ours"].items()}
-        for context, base in softmax.items():
-            kind = {once: "once", EXTRAPOLATED: "extrapolated" if once else "median"}.get(context, "median")
+                if max(of) == longest:
+                    of[EXTRAPOLATED] = extrapolated(what, of, EXTRAPOLATED)
+        softmax = times["softmax"]
+        for context in sorted(softmax):
             found.append({
-                "mixer": mixer, "measure": what, "context": context, "kind": kind, "softmax_ms": 1e3 * base,
-                **{f"{name}_ms": 1e3 * of[context] for name, of in times.items()},
+                "mixer": mixer, "measure": what, "context": context, "kind": kinds[context],
+                **{f"{name}_ms": 1e3 * of[context] for name, of in times.items() if context in of},
             })  # fmt: skip
         found.append({
             "mixer": mixer, "measure": f"{what} crossover", "parameters": sizes,
@@ -134,12 +155,12 @@ def rows_of(mixer: str, shape: dict[str, Any], contexts: list[int], once: int | 
     return found
 
 
-def kept_rows(file: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of a run that was cut off, or none where the file is of another machine, shape or contexts."""
+def kept_measurements(file: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a run that was cut off measured, or nothing where the file is of another machine or shape."""
     if file is None or not file.exists():
         return []
     kept: Any = read_json(file)
-    return kept["rows"] if {name: kept.get(name) for name in about} == about else []
+    return kept["measured"] if {name: kept.get(name) for name in about} == about else []
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -175,8 +196,9 @@ def main() -> None:
     parser.add_argument("--mixers", nargs="*", default=list(MIXERS), help="families of lineament.models.FAMILIES")
     for name, default in (("layers", 30), ("width", 576), ("heads", 9), ("key-heads", 3), ("vocab", 49152)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--contexts", nargs="*", type=int, help="tokens, in place of 1k to 16k (no 32k and 64k then)")
+    parser.add_argument("--contexts", nargs="*", type=int, help="tokens, in place of 1k to 32k")
     parser.add_argument("--quick", action="store_true", help="1k and 2k only")
+    parser.add_argument("--once", type=int, default=ONCE, metavar="TOKENS", help="from this length on, try once")
     parser.add_argument("--json", type=Path, help="write the rows and the machine's description here")
     parser.add_argument("--plot", type=Path, help="folder for two plots")
     chosen = parser.parse_args()
@@ -184,17 +206,20 @@ def main() -> None:
         "vocab_size": chosen.vocab, "width": chosen.width, "layers": chosen.layers, "heads": chosen.heads,
         "key_heads": chosen.key_heads,
     }  # fmt: skip
-    contexts: list[int] = chosen.contexts or [*(CONTEXTS[:2] if chosen.quick else CONTEXTS)]
-    once = None if chosen.contexts or chosen.quick else ONCE
+    contexts: list[int] = chosen.contexts or [*(CONTEXTS[:2] if chosen.quick else (*CONTEXTS, ONCE))]
     began, console = time.perf_counter(), Console(width=140)
-    about = {"machine": machine(), "shape": shape, "contexts": [*contexts, *([once] if once else [])]}
+    about = {"machine": machine(), "shape": shape}
     partial = chosen.json and chosen.json.with_name(chosen.json.name + ".partial")
-    rows = kept_rows(partial, about)
+    kept, rows = kept_measurements(partial, about), []
+
+    def keep() -> None:
+        if partial:
+            write_json(partial, {**about, "measured": kept})
+
     for mixer in chosen.mixers:
-        if not any(row["mixer"] == mixer for row in rows):
-            rows += rows_of(mixer, shape, contexts, once)
-            if partial:
-                write_json(partial, {**about, "rows": rows})
+        models = models_of(mixer, shape)
+        measured(mixer, models, contexts, chosen.once, kept, keep)
+        rows += rows_of(mixer, models, kept, extrapolate=max(contexts) >= CONTEXTS[-1])
         console.print(table([row for row in rows if row["mixer"] == mixer]))
     console.print(json.dumps(machine()), f"{time.perf_counter() - began:.0f} s")
     if chosen.json and partial:
