@@ -6,7 +6,7 @@
 
 The shape is SmolLM2-135M's (30 layers, width 576, 9 and 3 heads), weights are random, arms have equal parameters.
 Softmax is transformers' Llama and ours, whichever is faster. Medians up to 16k, once at 32k (--once: from which length
-on, and then only the softmax that was faster before); 64k is extrapolated (said there): t = bT + cT^2 for prefill, a + bT
+on, and then only the softmax that was faster before); 64k is extrapolated (marked): t = bT + cT^2 for prefill, a + bT
 for a decoded token, from the two longest measured. "free" is the ceiling: the same model with mixers that cost nothing.
 With --json every measurement is kept in FILE.partial, and a run that was cut off goes on behind it (same shape and
 machine). Prefill takes most of the time: some two hours a mixer on two cores.
@@ -115,7 +115,7 @@ def measured(
     keep: Callable[[], None],
 ) -> None:  # fmt: skip
     """Add what `kept` lacks of a mixer: {"mixer", "measure", "context", "kind", "seconds": {model: median}}."""
-    for what, context in product(("prefill", "decode"), contexts):
+    for what, context in product(("decode", "prefill"), contexts):  # the quick one first
         before = {row["context"]: row["seconds"] for row in kept if (row["mixer"], row["measure"]) == (mixer, what)}
         if context not in before:
             timed = models
