@@ -5,12 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lineament.ops import Part, sequence_parallel, stretches
+from lineament.ops.parallel import part
 
 WORKER = Path(__file__).with_name("ops_parallel_worker.py")
 
@@ -102,3 +105,14 @@ def test_tokens_are_shared_evenly_or_not_at_all():
     assert stretches(31, 4) == [8, 8, 8, 7]
     with pytest.raises(ValueError, match="3 tokens can't be shared by 4 ranks"):
         stretches(3, 4)
+
+
+def test_a_world_that_is_ended_takes_our_group_along(tmp_path):
+    """A group that is kept has threads, and those end the interpreter with an error now and then."""
+    dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    try:
+        kept = weakref.ref(part._own_group())
+        assert part._own_group() is kept()
+    finally:
+        dist.destroy_process_group()
+    assert kept() is None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -125,7 +126,7 @@ class Part:
 
 
 _active: list[Part] = []  # a list and not a context variable: autograd's own threads must see it as well
-_groups: dict[Any, Any] = {}
+_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # a world that was ended takes its group and threads along
 
 
 def active() -> Part | None:
@@ -231,6 +232,5 @@ def all_gather(out: Tensor, mine: Tensor, group: Any) -> None:
 def _own_group() -> Any:
     world = dist.group.WORLD
     if world not in _groups:
-        _groups.clear()
         _groups[world] = dist.new_group()
     return _groups[world]
