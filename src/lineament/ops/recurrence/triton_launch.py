@@ -21,7 +21,7 @@ CHUNK, CHUNK_WIDE, ROWS = 64, 32, 16
 LEAST = 16  # the narrowest matrix product Triton compiles
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
-TUNED: dict[str, dict[str, int]] = {  # bfloat16 products; by times on an H100, the pairs' by registers alone
+TUNED: dict[str, dict[str, int]] = {  # bfloat16; by an H100's times where docs/speed.md has them, else by registers
     "states_kernel": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
     "states_kernel, whole keys": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "outputs_kernel": {"BV": 128, "num_warps": 4, "num_stages": 2},
