@@ -5,11 +5,11 @@
     python benchmarks/decoders.py --layers 4 --width 96 --heads 3 --key-heads 3 --contexts 256 512   # to try it out
 
 The shape is SmolLM2-135M's (30 layers, width 576, 9 and 3 heads), weights are random, arms have equal parameters.
-Softmax is transformers' Llama and ours, whichever is faster. Medians up to 16k, once at 32k (--once: from which length
-on, and then only the softmax that was faster before); 64k is extrapolated (marked): t = bT + cT^2 for prefill, a + bT
+Softmax is transformers' Llama and ours, whichever is faster (from 16k on only the one that was faster before). Medians
+up to 16k, once at 32k (--once: from which length on); 64k is extrapolated (marked): t = bT + cT^2 for prefill, a + bT
 for a decoded token, from the two longest measured. "free" is the ceiling: the same model with mixers that cost nothing.
-With --json every measurement is kept in FILE.partial, and a run that was cut off goes on behind it (same shape and
-machine). Prefill takes most of the time: some two hours a mixer on two cores.
+All mixers take turns in one run, beside one softmax. With --json every measurement is kept in FILE.partial, and a run
+that was cut off goes on behind it (same shape, mixers and machine). Prefill takes most of the time: hours on two cores.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from lineament.tasks.cost import decode_speed, prefill_speed
 MIXERS = ("gated-deltanet", "kda", "lightning", "gla")
 CONTEXTS = (1024, 2048, 4096, 8192, 16384)
 ONCE, EXTRAPOLATED = 32768, 65536
+FASTER_ONLY = 16384  # from here on softmax is the one of two that was faster at the length before
 SOFTMAX = ("softmax, transformers", "softmax, ours")
 
 
@@ -67,13 +68,13 @@ def softmax_models(shape: dict[str, Any]) -> dict[str, Any]:
     return {"softmax, transformers": LlamaForCausalLM(theirs), "softmax, ours": DecoderForCausalLM(ours)}
 
 
-def models_of(mixer: str, shape: dict[str, Any]) -> dict[str, nn.Module]:
-    """Return softmax, the mixer pure and 3:1, and both with free mixers."""
+def models_of(mixers: list[str], shape: dict[str, Any]) -> dict[str, nn.Module]:
+    """Return softmax, and of every mixer "MIXER: ARM" for the arms pure and 3:1, and both with free mixers."""
     made = softmax_models(shape)
-    for ratio in ("pure", "3:1"):
+    for mixer, ratio in product(mixers, ("pure", "3:1")):
         config = decoder_config(mixer, ratio=ratio, tie_word_embeddings=True, **shape)
         model = DecoderForCausalLM(match_parameters(config, made["softmax, ours"].config))
-        made |= {ratio: model, f"{ratio}, free": freed(model)}
+        made |= {f"{mixer}: {ratio}": model, f"{mixer}: {ratio}, free": freed(model)}
     return {name: model.eval() for name, model in made.items()}
 
 
@@ -111,31 +112,34 @@ def crossover(softmax: dict[int, float], arm: dict[int, float]) -> float | None:
 
 
 def measured(
-    mixer: str, models: dict[str, nn.Module], contexts: list[int], once: int, kept: list[dict[str, Any]],
-    keep: Callable[[], None],
-) -> None:  # fmt: skip
-    """Add what `kept` lacks of a mixer: {"mixer", "measure", "context", "kind", "seconds": {model: median}}."""
+    models: dict[str, nn.Module], contexts: list[int], once: int, kept: list[dict[str, Any]], keep: Callable[[], None]
+) -> None:
+    """Add what `kept` lacks: {"measure", "context", "kind", "seconds": {model: median}}."""
     for what, context in product(("decode", "prefill"), contexts):  # the quick one first
-        before = {row["context"]: row["seconds"] for row in kept if (row["mixer"], row["measure"]) == (mixer, what)}
+        before = {row["context"]: row["seconds"] for row in kept if row["measure"] == what}
         if context not in before:
             timed = models
-            if context >= once and before:  # of softmax only the one that was faster
+            if context >= FASTER_ONLY and before:
                 times = before[max(before)]
                 slower = max(SOFTMAX, key=lambda name: times.get(name, math.inf))
                 timed = {name: model for name, model in models.items() if name != slower}
             seconds = measure(timed, what, context, context >= once)
-            row = {"mixer": mixer, "measure": what, "context": context, "kind": "once" if context >= once else "median"}
-            kept.append(row | {"seconds": seconds})
+            kind = "once" if context >= once else "median"
+            kept.append({"measure": what, "context": context, "kind": kind, "seconds": seconds})
             keep()
 
 
 def rows_of(mixer: str, models: dict[str, nn.Module], kept: list[dict[str, Any]], extrapolate: bool) -> list[dict]:
     """Lay one mixer's measurements out: a row per measure and context, and one per crossover."""
-    found, sizes = [], {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    own = {name.removeprefix(f"{mixer}: "): name for name in models if name in SOFTMAX or name.startswith(f"{mixer}: ")}
+    found, sizes = [], {name: sum(p.numel() for p in models[full].parameters()) for name, full in own.items()}
     for what in ("prefill", "decode"):
-        mine = [row for row in kept if (row["mixer"], row["measure"]) == (mixer, what)]
+        mine = [row for row in kept if row["measure"] == what]
         kinds = {row["context"]: row["kind"] for row in mine}
-        times = {n: {row["context"]: row["seconds"][n] for row in mine if n in row["seconds"]} for n in models}
+        times = {
+            name: {row["context"]: row["seconds"][full] for row in mine if full in row["seconds"]}
+            for name, full in own.items()
+        }
         times["softmax"] = {c: min(times[name].get(c, math.inf) for name in SOFTMAX) for c in kinds}
         if extrapolate and len(mine) > 1:
             longest, kinds[EXTRAPOLATED] = max(kinds), "extrapolated"
@@ -210,17 +214,18 @@ def main() -> None:
     began, console = time.perf_counter(), Console(width=140)
     about = {"machine": machine(), "shape": shape}
     partial = chosen.json and chosen.json.with_name(chosen.json.name + ".partial")
-    kept, rows = kept_measurements(partial, about), []
+    of_run = {**about, "mixers": chosen.mixers}
+    kept = kept_measurements(partial, of_run)
 
     def keep() -> None:
+        console.print(f"{time.perf_counter() - began:.0f} s: {kept[-1]['measure']}, {kept[-1]['context']} tokens")
         if partial:
-            write_json(partial, {**about, "measured": kept})
+            write_json(partial, {**of_run, "measured": kept})
 
-    for mixer in chosen.mixers:
-        models = models_of(mixer, shape)
-        measured(mixer, models, contexts, chosen.once, kept, keep)
-        rows += rows_of(mixer, models, kept, extrapolate=max(contexts) >= CONTEXTS[-1])
-        console.print(table([row for row in rows if row["mixer"] == mixer]))
+    models = models_of(chosen.mixers, shape)
+    measured(models, contexts, chosen.once, kept, keep)
+    rows = [r for m in chosen.mixers for r in rows_of(m, models, kept, extrapolate=max(contexts) >= CONTEXTS[-1])]
+    console.print(table(rows))
     console.print(json.dumps(machine()), f"{time.perf_counter() - began:.0f} s")
     if chosen.json and partial:
         write_json(chosen.json, {**about, "rows": rows}, indent=1)
