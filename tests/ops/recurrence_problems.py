@@ -88,7 +88,7 @@ def everything(p: Problem, backend="auto", **options) -> dict[str, Tensor]:
 
 def waves(x: Tensor) -> Tensor:
     """Return fixed weights between -1 and 1 in x's shape."""
-    return torch.arange(x.numel(), dtype=torch.float64).mul(0.7).sin().view(x.shape)
+    return torch.arange(x.numel(), dtype=torch.float64, device=x.device).mul(0.7).sin().view(x.shape)
 
 
 def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:

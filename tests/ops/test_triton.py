@@ -117,15 +117,25 @@ def test_bfloat16_on_a_gpu(monkeypatch, delta, gate, strength, fills):
 
 
 @pytest.mark.parametrize(
-    ("capability", "ptxas", "avoided"),
-    [((9, 0), "release 12.8, V12.8.93", True), ((9, 0), "release 13.1, V13.1.80", False),
-     ((9, 0), "?", True), ((8, 0), "release 12.8, V12.8.93", False)],
+    ("capability", "ptxas", "newer", "wanted"),
+    [((9, 0), "12.8", "13.1", ("TRITON_PTXAS_PATH", "newer")), ((9, 0), "12.8", "12.9", ("DISABLE_MMA_V3", "1")),
+     ((9, 0), "12.8", None, ("DISABLE_MMA_V3", "1")), ((9, 0), "13.1", None, None), ((8, 0), "12.8", None, None)],
 )  # fmt: skip
-def test_hoppers_matrix_instruction_is_avoided_where_the_assembler_fails(monkeypatch, capability, ptxas, avoided):
+def test_hoppers_matrix_instruction_is_assembled_by_a_ptxas_that_gets_it_right_or_left_out(
+    monkeypatch, capability, ptxas, newer, wanted
+):
     compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    found = {"ptxas": SimpleNamespace(version=ptxas, path="older")}
+    if newer is not None:
+        found["ptxas_blackwell"] = SimpleNamespace(version=newer, path="newer")
+    tools = type("Found", (), found)()  # as Triton's own: found by the class, set on the instance
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(compiler, "get_ptxas_version", lambda arch: f"Cuda compilation tools, {ptxas}")
-    assert triton_launch.assembler_fails.__wrapped__(torch.device("cuda")) == avoided
+    monkeypatch.setattr(triton, "knobs", SimpleNamespace(nvidia=tools))
+    monkeypatch.setattr(compiler, "get_ptxas_version", lambda arch: ptxas)
+    assert triton_launch.setting.__wrapped__(torch.device("cuda")) == wanted
+    tools.ptxas = found["ptxas"]  # set by the user, which a path in the environment doesn't change
+    if wanted is not None:
+        assert triton_launch.setting.__wrapped__(torch.device("cuda")) == ("DISABLE_MMA_V3", "1")
 
 
 @pytest.mark.parametrize("before", [None, "0"])
@@ -135,7 +145,7 @@ def test_the_switch_is_set_for_a_launch_alone(monkeypatch, before):
     monkeypatch.delenv("DISABLE_MMA_V3", raising=False)
     if before is not None:
         monkeypatch.setenv("DISABLE_MMA_V3", before)
-    monkeypatch.setattr(triton_launch, "assembler_fails", lambda device: True)
+    monkeypatch.setattr(triton_launch, "setting", lambda device: ("DISABLE_MMA_V3", "1"))
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
     with triton_launch.safe_products(x):
         assert triton_kept()["DISABLE_MMA_V3"] == "true"

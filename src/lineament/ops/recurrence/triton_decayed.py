@@ -60,14 +60,15 @@ def forward(
     chunks, delta = triton.cdiv(T, c["C"]), w is not None
     c = c | {"Hu": u.shape[2], "DELTA": delta}
     stored = stored_pairs(q, k, clock, c, strict=False)
-    out = B * c["Hs"] * c["VP"] >= 64 * FILLS * processors(q)
+    out = not few(q, c)
     save = keep or not out
     final, o = torch.empty_like(state), v.new_empty(B, T, c["Hs"] * c["R"], c["V"])
     states = state.new_empty(B, c["Hs"], chunks, c["K"], c["V"], dtype=c["dtype"]) if save else None
     writes = state.new_empty(B, T, c["Hs"], c["V"], dtype=c["dtype"]) if save and delta else u
+    variant = "saved" if delta and keep else ""
     launch(
         states_kernel, B * c["Hs"], c, q, k, u, w, clock, stored, state, states, writes, o, final, T,
-        whole=delta or out, SAVE=save, OUT=out,
+        variant=variant if out else "few", SAVE=save, OUT=out,
     )  # fmt: skip
     if not out:
         rows = B * c["Hs"] * c["R"] * chunks
@@ -97,7 +98,7 @@ def backward(
         launch(own_writes_backward_kernel, rows, c, q, k, clock, stored, grad_o, grad_u, T)
     launch(
         states_backward_kernel, N, c, q, k, w, clock, grad_o, grad_final, grad_states, grad_u, grad_start, T,
-        whole=delta,
+        variant="few" if few(q, c) else "",
     )  # fmt: skip
     launch(
         inputs_backward_kernel, rows, c, q, k, u, clock, stored, states, grad_o, grad_states, grad_u, grad_q, grad_k,
@@ -106,6 +107,11 @@ def backward(
     if later:
         pairs_backward(q, k, clock, grad_stored, grad_q, grad_k, grad_clock, c, strict=False)
     return grad_q, grad_k, grad_u, grad_w, grad_clock, grad_start
+
+
+def few(q: Tensor, c: dict[str, Any]) -> bool:
+    """Say whether the walks, one program a state and a block of 64 values, would leave much of the card idle."""
+    return q.shape[0] * c["Hs"] * c["VP"] < 64 * FILLS * processors(q)
 
 
 def pairs_backward(

@@ -108,35 +108,35 @@ def solve_backward_kernel(
         dy = dy * tl.exp(G.to(DT))
     if GATE == 2:
         dy = dy * tl.exp(clock_tile(clock, b, h, Hs, K, row, T, C, 0, KP).to(DT))
-    db = tl.sum(dy * k_c, axis=1)
+    of_k = tl.sum(dy * k_c, axis=1)
+    of_v = tl.zeros((C,), DT)
     for e in range(0, VP, BV):
         dz = product(inv, tile(grad_x, b, h, Hs, V, row, T, C, e, BV), OT, DT, PRECISION)
         P += product(dz, tl.trans(tile(x, b, h, Hs, V, row, T, C, e, BV)), OT, DT, PRECISION)
-        db += tl.sum(dz * tile(v, b, h * Hv // Hs, Hv, V, row, T, C, e, BV), axis=1)
+        of_v += tl.sum(dz * tile(v, b, h * Hv // Hs, Hv, V, row, T, C, e, BV), axis=1)
         put(grad_v, strength * dz, b, h, Hs, V, row, T, C, e, BV)
     i = tl.arange(0, C)
     P = tl.where(i[:, None] > i[None, :], -P, 0.0)  # gradient of L
+    dk = strength * dy
     if GATE == 2:
         A = tile_pairs(stored, b, h, Hs, row, T, C).to(DT)
         put(grad_stored, P * strength, b, h, Hs, C, row, T, C, 0, C)
-        later = strength * dy
-        dk = later
     else:
         decay = weights(G, C, GATE, True, DT)
         A = product(k_c, tl.trans(k_c), OT, DT, PRECISION) * decay
         inner = P * strength * decay
-        later = strength * dy + product(inner, k_c, OT, DT, PRECISION)
-        earlier = product(tl.trans(inner.to(OT)), k_c, OT, DT, PRECISION)
-        dk = later + earlier
-    db += tl.sum(P * A, axis=1)
-    put(grad_beta, db[:, None], b, h, Hs, 1, row, T, C, 0, 1)
+        dk += product(inner, k_c, OT, DT, PRECISION)
+        dk += product(tl.trans(inner.to(OT)), k_c, OT, DT, PRECISION)
+    P *= A
+    put(grad_beta, (of_k + of_v + tl.sum(P, axis=1))[:, None], b, h, Hs, 1, row, T, C, 0, 1)
     put(grad_k, tile(grad_k, b, h, Hs, K, row, T, C, 0, KP).to(DT) + dk, b, h, Hs, K, row, T, C, 0, KP)
     if GATE == 1:
-        dG = tl.sum(k_c * (later - earlier), axis=1)[:, None]
-        dG += tile(grad_clock, b, h, Hs, 1, row, T, C, 0, 1).to(DT)
+        dG = tile(grad_clock, b, h, Hs, 1, row, T, C, 0, 1).to(DT) + strength * of_k[:, None]
+        P *= strength
+        dG += (tl.sum(P, axis=1) - tl.sum(P, axis=0))[:, None]  # k by its two gradients through the pairs
         put(grad_clock, dG, b, h, Hs, 1, row, T, C, 0, 1)
     if GATE == 2:
-        dG = tile(grad_clock, b, h, Hs, K, row, T, C, 0, KP).to(DT) + k_c * later
+        dG = tile(grad_clock, b, h, Hs, K, row, T, C, 0, KP).to(DT) + k_c * dk
         put(grad_clock, dG, b, h, Hs, K, row, T, C, 0, KP)
 
 

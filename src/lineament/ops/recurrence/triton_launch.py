@@ -2,7 +2,6 @@
 """What the Triton kernels are compiled for and launched with, and the clock and pairs that several of them read."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,18 +20,27 @@ CHUNK, CHUNK_WIDE, ROWS = 64, 32, 16
 LEAST = 16  # the narrowest matrix product Triton compiles
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
-TUNED: dict[str, dict[str, int]] = {  # bfloat16; by an H100's times where docs/speed.md has them, else by registers
-    "states_kernel": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
-    "states_kernel, whole keys": {"BV": 64, "num_warps": 4, "num_stages": 2},
-    "outputs_kernel": {"BV": 128, "num_warps": 4, "num_stages": 2},
-    "own_writes_backward_kernel": {"BV": 128, "num_warps": 4, "num_stages": 2},
-    "states_backward_kernel": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
-    "states_backward_kernel, whole keys": {"BV": 64, "num_warps": 4, "num_stages": 2},
-    "inputs_backward_kernel": {"BV": 64, "num_warps": 8, "num_stages": 2},
-    "pairs_kernel": {"BK": 64, "num_warps": 4, "num_stages": 2},
-    "pairs_backward_kernel": {"BK": 64, "num_warps": 8, "num_stages": 2},
-    "solve_kernel": {"BV": 128, "num_warps": 4, "num_stages": 1},
-    "solve_backward_kernel": {"BV": 64, "num_warps": 4, "num_stages": 2},
+# Keys and values of a block (None: all), warps and stages, without decay, with one per head, and with one per channel,
+# in bfloat16: about the quickest of those tried on an H100 (docs/speed.md). A variant is "few" where states are too few
+# to fill the card, and "saved" where the delta rule's walk keeps them.
+TUNED: dict[str, tuple[tuple[int | None, int | None, int, int], ...]] = {
+    "states_kernel": ((None, 64, 4, 2), (None, 64, 4, 2), (None, 128, 8, 2)),
+    "states_kernel, few": ((64, 32, 4, 3), (64, 32, 4, 3), (32, 128, 4, 2)),
+    "states_kernel, delta": ((None, 64, 4, 3), (None, 64, 4, 1), (None, 64, 4, 2)),
+    "states_kernel, delta, saved": ((None, 64, 4, 2), (None, 64, 4, 2), (None, 64, 4, 2)),
+    "states_kernel, delta, few": ((None, 32, 4, 3), (None, 32, 4, 3), (None, 32, 4, 1)),
+    "outputs_kernel": ((None, 128, 4, 2), (None, 128, 4, 2), (None, 64, 4, 2)),
+    "own_writes_backward_kernel": ((None, 128, 4, 2), (None, 128, 4, 2), (None, 128, 4, 2)),
+    "states_backward_kernel": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 128, 4, 2)),
+    "states_backward_kernel, few": ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
+    "states_backward_kernel, delta": ((None, 64, 4, 1), (None, 64, 8, 3), (None, 64, 4, 2)),
+    "states_backward_kernel, delta, few": ((None, 32, 4, 3), (None, 32, 4, 3), (None, 32, 8, 2)),
+    "inputs_backward_kernel": ((None, 128, 4, 2), (None, 32, 4, 2), (None, 64, 8, 2)),
+    "inputs_backward_kernel, delta": ((None, 64, 4, 2), (None, 64, 8, 2), (None, 128, 8, 2)),
+    "pairs_kernel": ((128, None, 4, 1),) * 3,
+    "pairs_backward_kernel": ((64, None, 4, 2),) * 3,
+    "solve_kernel": ((None, 128, 2, 2),) * 3,
+    "solve_backward_kernel": ((None, 64, 4, 1), (None, 64, 4, 2), (None, 128, 4, 2)),
 }
 FITTING: dict[tuple, dict[str, int]] = {}  # smaller choices, where TUNED needs more shared memory than the card has
 SWITCH = RLock()
@@ -60,13 +68,14 @@ def constants(
     }  # fmt: skip
 
 
-def launch(kernel: Any, rows: int, c: dict[str, Any], *tensors: Any, whole: bool = False, **more: Any) -> None:
+def launch(kernel: Any, rows: int, c: dict[str, Any], *tensors: Any, variant: str = "", **more: Any) -> None:
     """Launch a kernel on `rows` chunks or states, each cut into blocks of value and of key channels.
 
-    A kernel that takes BV but not VP is one program a block of values, one that takes BK but not KP (and is not given
-    `whole` keys) one a block of keys. Blocks that don't fit into the card's shared memory are halved, once for all.
+    A kernel that takes BV but not VP is one program a block of values, one that takes BK but not KP one a block of
+    keys. Blocks that don't fit into the card's shared memory are halved, once for all.
     """
-    name = kernel.__name__ + (", whole keys" if whole else "")
+    delta = "delta" if "DELTA" in kernel.arg_names and c["DELTA"] else ""
+    name = ", ".join(filter(None, (kernel.__name__, delta, variant)))
     case = (name, c["KP"], c["VP"], c["C"], c["GATE"], c["dtype"])
     while True:
         tuned = FITTING.get(case) or blocks(name, c)
@@ -86,7 +95,8 @@ def launch(kernel: Any, rows: int, c: dict[str, Any], *tensors: Any, whole: bool
 
 def blocks(name: str, c: dict[str, Any]) -> dict[str, int]:
     """Return a kernel's blocks, warps and stages, no wider than the channels."""
-    tuned = dict(TUNED[name])
+    found = zip(("BK", "BV", "num_warps", "num_stages"), TUNED[name][c["GATE"]], strict=True)
+    tuned = {n: value for n, value in found if value is not None}
     if c["dtype"] != torch.bfloat16:
         tuned |= {n: min(most, tuned[n]) for n, most in WIDE.items() if n in tuned}
     return tuned | {n: min(tuned[n], c[width]) for n, width in (("BV", "VP"), ("BK", "KP")) if n in tuned}
@@ -104,37 +114,54 @@ def smaller(tuned: dict[str, int]) -> dict[str, int]:
 
 @contextmanager
 def safe_products(x: Tensor) -> Iterator[None]:
-    """Compile without Hopper's own matrix instruction where the assembler is known to get it wrong.
-
-    ptxas before 13.1 (Triton bundles it up to 3.8) assembles some kernels with wgmma to wrong results or illegal reads
-    on compute capability 9.0 (fla-org/flash-linear-attention#640, #1262). The switch is part of Triton's cache key.
-    """
-    if not (x.is_cuda and assembler_fails(x.device)):
+    """Compile where Hopper's own matrix instruction is assembled right, or else without it (`setting`)."""
+    found = setting(x.device) if x.is_cuda else None
+    if found is None:
         yield
         return
+    name, value = found
     with SWITCH:  # (backward passes launch from threads of their own)
-        before = os.environ.get("DISABLE_MMA_V3")
-        os.environ["DISABLE_MMA_V3"] = "1"
+        before = os.environ.get(name)
+        os.environ[name] = value
         try:
             yield
         finally:
             if before is None:
-                del os.environ["DISABLE_MMA_V3"]
+                del os.environ[name]
             else:
-                os.environ["DISABLE_MMA_V3"] = before
+                os.environ[name] = before
 
 
 @cache
-def assembler_fails(device: torch.device) -> bool:
+def setting(device: torch.device) -> tuple[str, str] | None:
+    """Return the environment variable to compile under, and its value; None where none is needed.
+
+    ptxas before 13.1 assembles some kernels with wgmma to wrong results or illegal reads on compute capability 9.0
+    (fla-org/flash-linear-attention#640, #1262). Triton up to 3.8 gives Hopper such a one, though from 3.7.1 on it
+    brings a newer one for Blackwell, which assembles for Hopper too. Without any, wgmma is switched off.
+    """
     if torch.cuda.get_device_capability(device) != (9, 0):
-        return False
+        return None
     try:
+        nvidia = triton.knobs.nvidia
+        if recent(nvidia.ptxas.version):
+            return None
         from triton.backends.nvidia.compiler import get_ptxas_version
 
-        found = re.search(r"release (\d+)\.(\d+)", get_ptxas_version(90))
-    except (ImportError, TypeError, OSError):
-        return True
-    return found is None or (int(found[1]), int(found[2])) < (13, 1)
+        get_ptxas_version(90)  # kept by Triton as part of the keys of its cache: others' kernels get the older one
+        newer = nvidia.ptxas_blackwell
+        # A path set by `knobs` would win over the environment.
+        if recent(newer.version) and "ptxas" not in vars(nvidia):
+            return "TRITON_PTXAS_PATH", newer.path
+    except (AttributeError, ImportError, OSError, RuntimeError):  # another Triton: nothing is known
+        pass
+    return "DISABLE_MMA_V3", "1"
+
+
+def recent(version: str) -> bool:
+    """Say whether a ptxas of this version ("13.1") gets wgmma right."""
+    major, minor = version.split(".")[:2]
+    return (int(major), int(minor)) >= (13, 1)
 
 
 def clock_of(log_decay: Tensor | None, c: dict[str, Any]) -> Tensor | None:
