@@ -83,6 +83,17 @@ def test_outputs_from_the_walk_or_from_a_launch_of_their_own(monkeypatch, delta,
 
 
 @interpreted
+@pytest.mark.parametrize("strength", [1.0, 30.0], ids=["mild", "strong"])
+@pytest.mark.parametrize("fills", [0.0, math.inf], ids=["one walk", "two launches"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("delta", [False, True], ids=["decayed", "delta"])
+def test_widths_of_whole_blocks_that_are_no_power_of_two(monkeypatch, delta, gate, fills, strength):
+    """96 values are three blocks of 32, and a fourth would be the next head's; 48 keys three of 16."""
+    monkeypatch.setattr(triton_decayed, "FILLS", fills)
+    same(problem(18, (2, 1, 2), B=1, K=48, V=96, gate=gate, delta=delta, strength=strength), 1e-9, chunk_size=32)
+
+
+@interpreted
 def test_keys_that_are_nearly_equal_solve_without_cancellation(monkeypatch):
     """L is then almost all ones: powers of it would grow like binomials and lose every digit."""
     monkeypatch.setattr(triton_launch, "CHUNK_WIDE", 64)

@@ -44,7 +44,7 @@ def pairs_kernel(
     h = head // R
     if largest_decay(clock, b, h, Hs, K, KP, start, T, C) < RANGE:
         A = tl.zeros((C, C), DT)
-        for d in range(0, KP, BK):
+        for d in range(0, K, BK):
             G = clock_tile(clock, b, h, Hs, K, start, T, C, d, BK)
             gap = (G - halfway(clock, b, h, Hs, K, start, T, C, d, BK)).to(DT)
             left = tile(x, b, head * Hx // (Hs * R), Hx, K, start, T, C, d, BK) * tl.exp(gap)
@@ -77,7 +77,7 @@ def rows_of_pairs(
     columns = tl.arange(0, C)
     far = tl.zeros((ROWS, C), DT)
     near = tl.zeros((ROWS, ROWS), DT)
-    for d in range(0, KP, BK):
+    for d in range(0, K, BK):
         X = tile(x, b, head * Hx // (Hs * R), Hx, K, row, T, ROWS, d, BK).to(DT)
         G = clock_tile(clock, b, h, Hs, K, row, T, ROWS, d, BK)
         if C > ROWS:
@@ -111,7 +111,7 @@ def pairs_backward_kernel(
         i = tl.arange(0, C)[:, None]
         j = tl.arange(0, C)[None, :]
         past = (j < i) if STRICT else (j <= i)
-        for d in range(0, KP, BK):
+        for d in range(0, K, BK):
             G = clock_tile(clock, b, h, Hs, K, start, T, C, d, BK)
             gap = (G - halfway(clock, b, h, Hs, K, start, T, C, d, BK)).to(DT)
             own = tile(k, b, h * Hk // Hs, Hk, K, start, T, C, d, BK)
@@ -157,7 +157,7 @@ def rows_of_gradients(
     j = tl.arange(0, ROWS)[None, :]
     past = (j < i) if STRICT else (j <= i)
     columns = tl.arange(0, C)
-    for d in range(0, KP, BK):
+    for d in range(0, K, BK):
         G = clock_tile(clock, b, h, Hs, K, row, T, ROWS, d, BK)
         own = tile(k, b, h * Hk // Hs, Hk, K, row, T, ROWS, d, BK).to(DT)
         decay = tl.exp(tl.where(past[:, :, None], (G[:, None, :] - G[None, :, :]).to(DT), float("-inf")))

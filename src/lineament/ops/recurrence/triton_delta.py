@@ -75,7 +75,7 @@ def solve_kernel(
     inv = unit_inverse(L, C, DT, PRECISION)
     put(inverse, inv, b, h, Hs, C, row, T, C, 0, C)
     inv = inv * tl.trans(strength)
-    for e in range(0, VP, BV):
+    for e in range(0, V, BV):
         values = tile(v, b, h * Hv // Hs, Hv, V, row, T, C, e, BV)
         put(x, product(inv, values, OT, DT, PRECISION), b, h, Hs, V, row, T, C, e, BV)
     k_c = tile(k, b, h * Hk // Hs, Hk, K, row, T, C, 0, KP)  # (again: it would take registers while L is solved)
@@ -110,7 +110,7 @@ def solve_backward_kernel(
         dy = dy * tl.exp(clock_tile(clock, b, h, Hs, K, row, T, C, 0, KP).to(DT))
     of_k = tl.sum(dy * k_c, axis=1)
     of_v = tl.zeros((C,), DT)
-    for e in range(0, VP, BV):
+    for e in range(0, V, BV):
         dz = product(inv, tile(grad_x, b, h, Hs, V, row, T, C, e, BV), OT, DT, PRECISION)
         P += product(dz, tl.trans(tile(x, b, h, Hs, V, row, T, C, e, BV)), OT, DT, PRECISION)
         of_v += tl.sum(dz * tile(v, b, h * Hv // Hs, Hv, V, row, T, C, e, BV), axis=1)

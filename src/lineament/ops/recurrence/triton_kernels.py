@@ -244,10 +244,10 @@ def inputs_backward_kernel(
     dw = tl.zeros((C, KP), DT)
     kept = tl.zeros((KP,), DT)
     if GATE != 0:
-        for e in tl.range(0, VP, NARROW, num_stages=1):
+        for e in tl.range(0, V, NARROW, num_stages=1):
             D = state_tile(grad_states, n * chunks + c, K, V, 0, KP, e, NARROW).to(DT)
             kept += tl.sum(state_tile(states, n * chunks + c, K, V, 0, KP, e, NARROW) * D, axis=1)
-    for e in range(0, VP, BV):
+    for e in range(0, V, BV):
         D = state_tile(grad_states, n * chunks + c, K, V, 0, KP, e, BV)
         dk += product(tile(u, b, h * Hu // Hs, Hu, V, row, T, C, e, BV), tl.trans(D), OT, DT, PRECISION)
         if DELTA:
@@ -278,7 +278,7 @@ def inputs_backward_kernel(
         Q = tile(q, b, head * Hq // (Hs * R), Hq, K, row, T, C, 0, KP)
         P = tl.zeros((C, C), DT)
         dq = tl.zeros((C, KP), DT)
-        for e in range(0, VP, BV):
+        for e in range(0, V, BV):
             grad_out = tile(grad_o, b, head, Hs * R, V, row, T, C, e, BV)
             P += product(grad_out, tl.trans(tile(u, b, h * Hu // Hs, Hu, V, row, T, C, e, BV)), OT, DT, PRECISION)
             S = state_tile(states, n * chunks + c, K, V, 0, KP, e, BV)

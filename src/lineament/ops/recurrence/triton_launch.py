@@ -82,8 +82,8 @@ def launch(kernel: Any, rows: int, c: dict[str, Any], *tensors: Any, variant: st
         given = {n: value for n, value in (c | tuned | more).items() if n in kernel.arg_names}
         if "BK" in kernel.arg_names:
             given.setdefault("BK", c["KP"])
-        values = c["VP"] // given["BV"] if "BV" in given and "VP" not in given else 1
-        keys = c["KP"] // given["BK"] if "BK" in given and "KP" not in given else 1
+        values = triton.cdiv(c["V"], given["BV"]) if "BV" in given and "VP" not in given else 1
+        keys = triton.cdiv(c["K"], given["BK"]) if "BK" in given and "KP" not in given else 1
         options = {n: tuned[n] for n in ("num_warps", "num_stages")}
         try:
             with safe_products(next(x for x in tensors if x is not None)):
