@@ -17,8 +17,8 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE / "students"  # not kept in the repository
 SCRIPTS: dict[str, tuple[str, ...]] = {  # what makes a run of each small
     **dict.fromkeys(
-        ("ops", "gpu", "steps", "students", "decoders", "recipes", "other_weights", "merging", "matching", "masked",
-         "circuits", "shallow", "explain_peers", "transcoders", "why_paris", "barriers"), ("--quick",),
+        ("ops", "gpu", "gpu_blocks", "steps", "students", "decoders", "recipes", "other_weights", "merging", "matching",
+         "masked", "circuits", "shallow", "explain_peers", "transcoders", "why_paris", "barriers"), ("--quick",),
     ),
     "faithfulness": ("--texts", "2"), "merging_story": ("--steps", "2", "--windows", "1"),
     "composing": ("--steps", "2", "--windows", "1", "--fits", "1"),

@@ -224,7 +224,6 @@ def inputs_backward_kernel(
 
     With a decay per channel the pairs' part is left to `triton_channel`: their gradient goes to grad_stored.
     """
-    NARROW: tl.constexpr = min(VP, 32)  # blocks of two states at once, which would fill the registers
     chunks = tl.cdiv(T, C)
     n = (tl.program_id(0) // chunks).to(tl.int64)
     b, h, c = n // Hs, n % Hs, tl.program_id(0) % chunks
@@ -243,15 +242,14 @@ def inputs_backward_kernel(
     dk = tl.zeros((C, KP), DT)
     dw = tl.zeros((C, KP), DT)
     kept = tl.zeros((KP,), DT)
-    if GATE != 0:
-        for e in tl.range(0, V, NARROW, num_stages=1):
-            D = state_tile(grad_states, n * chunks + c, K, V, 0, KP, e, NARROW).to(DT)
-            kept += tl.sum(state_tile(states, n * chunks + c, K, V, 0, KP, e, NARROW) * D, axis=1)
     for e in range(0, V, BV):
         D = state_tile(grad_states, n * chunks + c, K, V, 0, KP, e, BV)
         dk += product(tile(u, b, h * Hu // Hs, Hu, V, row, T, C, e, BV), tl.trans(D), OT, DT, PRECISION)
-        if DELTA:
+        if GATE != 0 or DELTA:
             S = state_tile(states, n * chunks + c, K, V, 0, KP, e, BV)
+        if GATE != 0:
+            kept += tl.sum(S.to(DT) * D.to(DT), axis=1)
+        if DELTA:
             dw -= product(tile(grad_u, b, h, Hs, V, row, T, C, e, BV), tl.trans(S), OT, DT, PRECISION)
         else:
             grad = product(left, D, OT, DT, PRECISION)
@@ -264,14 +262,12 @@ def inputs_backward_kernel(
             put(grad_u, grad, b, h, Hs, V, row, T, C, e, BV)
     if DELTA:
         put(grad_w, dw, b, h, Hs, K, row, T, C, 0, KP)
+    dG = tl.zeros((C, KP), DT)
     if GATE != 0:
         dk = dk * tl.exp((last - G).to(DT))
         held = tl.sum(dk * K_c, axis=0) + kept * tl.sum(tl.exp(last.to(DT)) + tl.zeros((1, KP), DT), axis=0)
         at_last = tl.minimum(row + tl.arange(0, C), T - 1) == tl.minimum(row + C, T) - 1
         at_last = at_last & (row + tl.arange(0, C) < T)
-    if GATE == 1:
-        dG = tl.where(at_last, tl.sum(held, axis=0), 0.0)
-    if GATE == 2:
         dG = tl.where(at_last[:, None], held[None, :], 0.0)
     for r in range(R):
         head = h * R + r
@@ -291,13 +287,12 @@ def inputs_backward_kernel(
             P = P * weights(G, C, GATE, False, DT)
             dq += product(P, K_c, OT, DT, PRECISION)
             dk += product(tl.trans(P.to(OT)), Q, OT, DT, PRECISION)
-        if GATE == 1:
-            dG += tl.sum(Q * dq, axis=1)
-        if GATE == 2:
+        if GATE != 0:
             dG += Q * dq
         put(grad_q, dq, b, head, Hs * R, K, row, T, C, 0, KP)
     put(grad_k, dk, b, h, Hs, K, row, T, C, 0, KP)
     if GATE == 1:
-        put(grad_clock, (dG - tl.sum(K_c * dk, axis=1))[:, None], b, h, Hs, 1, row, T, C, 0, 1)
+        dG -= K_c * dk
+        put(grad_clock, tl.sum(dG, axis=1)[:, None], b, h, Hs, 1, row, T, C, 0, 1)
     if GATE == 2:
         put(grad_clock, dG - K_c * dk, b, h, Hs, K, row, T, C, 0, KP)

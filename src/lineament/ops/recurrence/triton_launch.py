@@ -35,12 +35,12 @@ TUNED: dict[str, tuple[tuple[int | None, int | None, int, int], ...]] = {
     "states_backward_kernel, few": ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
     "states_backward_kernel, delta": ((None, 64, 4, 1), (None, 64, 8, 3), (None, 64, 4, 2)),
     "states_backward_kernel, delta, few": ((None, 32, 4, 3), (None, 32, 4, 3), (None, 32, 8, 2)),
-    "inputs_backward_kernel": ((None, 128, 4, 2), (None, 32, 4, 2), (None, 64, 8, 2)),
+    "inputs_backward_kernel": ((None, 128, 4, 2), (None, 128, 8, 2), (None, 64, 8, 2)),
     "inputs_backward_kernel, delta": ((None, 64, 4, 2), (None, 64, 8, 2), (None, 128, 8, 2)),
     "pairs_kernel": ((128, None, 4, 1),) * 3,
     "pairs_backward_kernel": ((64, None, 4, 2),) * 3,
     "solve_kernel": ((None, 128, 2, 2),) * 3,
-    "solve_backward_kernel": ((None, 64, 4, 1), (None, 64, 4, 2), (None, 128, 4, 2)),
+    "solve_backward_kernel": ((None, 64, 4, 1), (None, 64, 4, 2), (None, 128, 4, 1)),
 }
 FITTING: dict[tuple, dict[str, int]] = {}  # smaller choices, where TUNED needs more shared memory than the card has
 SWITCH = RLock()
