@@ -99,6 +99,7 @@ def blocks(name: str, c: dict[str, Any]) -> dict[str, int]:
     tuned = {n: value for n, value in found if value is not None}
     if c["dtype"] != torch.bfloat16:
         tuned |= {n: min(most, tuned[n]) for n, most in WIDE.items() if n in tuned}
+        tuned["num_warps"] = max(4, tuned["num_warps"])
     return tuned | {n: min(tuned[n], c[width]) for n, width in (("BV", "VP"), ("BK", "KP")) if n in tuned}
 
 
@@ -153,7 +154,7 @@ def setting(device: torch.device) -> tuple[str, str] | None:
         # A path set by `knobs` would win over the environment.
         if recent(newer.version) and "ptxas" not in vars(nvidia):
             return "TRITON_PTXAS_PATH", newer.path
-    except (AttributeError, ImportError, OSError, RuntimeError):  # another Triton: nothing is known
+    except (AttributeError, ImportError, OSError, RuntimeError, ValueError):  # another Triton: nothing is known
         pass
     return "DISABLE_MMA_V3", "1"
 
