@@ -181,18 +181,17 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Draw how many times faster than softmax each arm is, one PNG per measure; extrapolated points are left out."""
-    for what in ("prefill", "decode"):
+    """Draw how many times faster than softmax each mixer is, a PNG per measure and arm; without extrapolated points."""
+    for what, (arm, file) in product(("prefill", "decode"), (("pure", "pure"), ("3:1", "hybrid"))):
         lines: dict[str, tuple[list[float], list[float]]] = {}
         for row in rows:
             if row["measure"] == what and row["kind"] != "extrapolated":
-                for name in ("pure", "3:1"):
-                    line = lines.setdefault(f"{row['mixer']} {name}", ([], []))
-                    line[0].append(row["context"])
-                    line[1].append(row["softmax_ms"] / row[f"{name}_ms"])
+                line = lines.setdefault(f"{row['mixer']} {arm}", ([], []))
+                line[0].append(row["context"])
+                line[1].append(row["softmax_ms"] / row[f"{arm}_ms"])
         png = curve(lines, xlabel="context (tokens)", ylabel=f"{what}, times faster than softmax", log="x",
                     levels={"softmax": 1.0})  # fmt: skip
-        (folder / f"decoders-{what}.png").write_bytes(png)
+        (folder / f"decoders-{what}-{file}.png").write_bytes(png)
 
 
 def main() -> None:
@@ -204,7 +203,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1k and 2k only")
     parser.add_argument("--once", type=int, default=ONCE, metavar="TOKENS", help="from this length on, try once")
     parser.add_argument("--json", type=Path, help="write the rows and the machine's description here")
-    parser.add_argument("--plot", type=Path, help="folder for two plots")
+    parser.add_argument("--plot", type=Path, help="folder for four plots")
     chosen = parser.parse_args()
     shape = {
         "vocab_size": chosen.vocab, "width": chosen.width, "layers": chosen.layers, "heads": chosen.heads,
