@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 """The delta rule by Triton kernels, forward and backward, with no decay, one per head, or one per key channel.
 
 Per chunk: solve L [W | X] = [b e^G K | b V] with L = I + StrictTril(b K K^T e^(G_i - G_j)) (DeltaNet section 3); then
