@@ -1,6 +1,8 @@
 """The command line: light to start, one line for a mistake, 0 / 1 / 2 as exit codes."""
 
+import atexit
 import json
+import os
 import subprocess
 import sys
 
@@ -174,6 +176,8 @@ def test_without_a_command_the_help_is_all_there_is_to_say(capsys):
 @pytest.mark.parametrize(("arguments", "left"), [(["--version"], True), (["no-such-command"], False)])
 def test_what_ends_well_leaves_its_group_of_processes(tmp_path, monkeypatch, arguments, left):
     monkeypatch.setattr(sys, "argv", ["lineament", *arguments])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: None)
     dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
     try:
         with pytest.raises(SystemExit) as ended:

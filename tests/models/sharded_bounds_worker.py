@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lineament._base.seeds import seeded
 from lineament.models import DecoderForCausalLM, decoder_config
-from lineament.train import sharded
+from lineament.train import leave_group, sharded
 from lineament.train.sharded import full
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     if PartialState().is_main_process:
         with open(sys.argv[1], "w", encoding="utf-8") as out:
             json.dump(results, out)
-    PartialState().destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ SHARDED = """
     from test_fit import batches, loss, network
     from lineament.io import save_tensors
     from lineament.train import FitConfig, fit
-    from lineament.train.sharded import gather_, sharded
+    from lineament.train.sharded import gather_, leave_group, sharded
 
     PartialState(cpu=True)
     config = FitConfig(steps=6, lr=1e-2, accumulate={accumulate}, checkpoint_every=2)
@@ -62,8 +62,32 @@ SHARDED = """
         gather_(model, twin)
     if PartialState().is_main_process:
         save_tensors({{name: p.detach() for name, p in model.named_parameters()}}, {out!r} + "/end.safetensors")
-    PartialState().destroy_process_group()
+    leave_group()
 """
+
+
+LEAVES = """
+    import atexit
+    import os
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from lineament.train import leave_group
+
+    leave_group()  # without a group: nothing
+    atexit.register(print, "exit functions run")
+    dist.init_process_group("gloo", init_method={store!r}, rank=0, world_size=1)
+    print(distribute_tensor(torch.ones(2, 2), init_device_mesh("cpu", (1,)), [Shard(0)]).full_tensor().sum().item())
+    leave_group()
+    print("never said")
+"""
+
+
+def test_a_process_leaves_its_group_and_ends(tmp_path):
+    script = textwrap.dedent(LEAVES).format(store=(tmp_path / "store").as_uri())
+    job = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
+    assert job.stdout.splitlines() == ["4.0", "exit functions run"]
 
 
 def run(out, accumulate, world, inside=False, worker=WORKER):

@@ -116,9 +116,11 @@ def main() -> None:
 
 
 def _leave_processes() -> None:
-    """End the group of `accelerate launch`: the threads of one that stays open can abort a process that exits."""
+    """End the group of `accelerate launch`, if there is one, and this process."""
     if "torch" in sys.modules:
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+            from lineament.train import leave_group
+
+            leave_group()

@@ -3,7 +3,7 @@
 from lineament.train.config import OPTIMIZERS, SCHEDULES, FitConfig
 from lineament.train.kar3 import Kar3
 from lineament.train.loop import Fitted, TrainingError, fit, to_device
-from lineament.train.sharded import gather_, sharded
+from lineament.train.sharded import gather_, leave_group, sharded
 from lineament.train.sweep import SweepError, finished, sweep
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "finished",
     "fit",
     "gather_",
+    "leave_group",
     "sharded",
     "sweep",
     "to_device",

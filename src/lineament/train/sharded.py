@@ -1,6 +1,9 @@
 """Models whose weights are sharded over processes (torch's FSDP2), made beside the whole ones."""
 
+import atexit
 import copy
+import os
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -86,3 +89,19 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
     assert isinstance(like, DTensor)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # nothing is sent
+
+
+def leave_group() -> None:
+    """End torch.distributed's group of processes and, with it, this process: exit code 0. Without a group, do nothing.
+
+    The last line of a script that sharded a model. Exit functions run and streams are flushed, but the interpreter is
+    not taken apart: torch keeps meshes of sharded tensors in caches, so threads of their group outlive
+    `destroy_process_group`, and one that needs the interpreter by then can abort the process.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
