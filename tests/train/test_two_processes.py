@@ -68,7 +68,6 @@ SHARDED = """
 
 LEAVES = """
     import atexit
-    import os
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
