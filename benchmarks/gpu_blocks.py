@@ -21,14 +21,14 @@ from lineament.ops.recurrence import triton_decayed, triton_delta, triton_launch
 from lineament.report import machine
 
 SIZES, WARPS, STAGES = (32, 64, 128), (2, 4, 8), (1, 2, 3)
-CAST = ("BK", "BV", "num_warps", "num_stages")
 
 
 def choices(now: dict[str, int], widths: dict[str, int]) -> list[dict[str, int]]:
     """Return every way to launch a kernel that is cut as `now` is, that one first."""
     sizes = {n: [size for size in SIZES if size <= widths[n]] for n in ("BK", "BV") if n in now}
-    found = product(*sizes.values(), WARPS, STAGES)
-    return [now, *(way for way in (dict(zip([*sizes, *CAST[2:]], x, strict=True)) for x in found) if way != now)]
+    tried = sizes | {"num_warps": WARPS, "num_stages": STAGES}
+    ways = [dict(zip(tried, way, strict=True)) for way in product(*tried.values())]
+    return [now, *(way for way in ways if way != now)]
 
 
 class Trial:
@@ -41,8 +41,13 @@ class Trial:
 
     def __call__(self, kernel: Any, rows: int, c: dict[str, Any], *tensors: Any, **more: Any) -> None:
         name, now = self.usual(kernel, rows, c, tensors, more)
-        strict = bool(c.get("STRICT") or more.get("STRICT"))
-        row = {"kernel": name, "gate": c["GATE"], "programs": rows, "saved": more.get("SAVE"), "strict": strict}
+        row = {
+            "kernel": name,
+            "gate": c["GATE"],
+            "programs": rows,
+            "saved": more.get("SAVE"),
+            "strict": c.get("STRICT"),
+        }
         if row not in [{n: seen[n] for n in row} for seen in self.rows]:
             found = []
             for way in choices(now, {"BK": c["KP"], "BV": c["VP"]}):

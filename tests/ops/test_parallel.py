@@ -108,7 +108,7 @@ def test_tokens_are_shared_evenly_or_not_at_all():
 
 
 def test_a_world_that_is_ended_takes_our_group_along(tmp_path):
-    """A group that is kept has threads, and those end the interpreter with an error now and then."""
+    """A group that is kept has threads, which would outlive it."""
     dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
     try:
         kept = weakref.ref(part._own_group())

@@ -96,7 +96,7 @@ def leave_group() -> None:
 
     The last line of a script that sharded a model. Exit functions run and streams are flushed, but the interpreter is
     not taken apart: torch keeps meshes of sharded tensors in caches, so threads of their group outlive
-    `destroy_process_group`, and one that needs the interpreter by then can abort the process.
+    `destroy_process_group`, and processes that ended beside such threads have been seen to abort.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
